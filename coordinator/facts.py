@@ -1,0 +1,77 @@
+"""Facts between the coordinator's and the worker's cores and the shell that computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.ids import TaskId
+from mesh.messages import Assign, Outcome
+
+__all__ = [
+    "AttemptFinished",
+    "AttemptText",
+    "DrainChanged",
+    "EngineLost",
+    "EngineReady",
+    "StartAttempt",
+    "StopAttempt",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """Shell to worker core: the model is loaded; attempts may start."""
+
+    model: str
+    context_tokens: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """Shell to worker core: the compute process ended; every running attempt is lost with it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartAttempt:
+    """Worker core to shell: compute this. ``AttemptText`` and one ``AttemptFinished`` follow."""
+
+    assign: Assign
+
+
+@dataclass(frozen=True, slots=True)
+class StopAttempt:
+    """Worker core to shell: end it between two tokens; ``AttemptFinished`` still follows."""
+
+    task: TaskId
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptText:
+    """Shell to worker core: more of the answer."""
+
+    task: TaskId
+    attempt: int
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFinished:
+    """Shell to worker core: this attempt is over."""
+
+    task: TaskId
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class DrainChanged:
+    """Worker core to membership and shell: the node takes no new work (or does again)."""
+
+    draining: bool
+    leave: bool

@@ -1,0 +1,1 @@
+"""Finds peers, talks, agrees, and moves bytes. Knows nothing of language models."""

@@ -1,0 +1,95 @@
+"""Facts that cores and shells of one process tell one another (see ``mesh.core.Notify``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.ids import Epoch, NodeId
+
+__all__ = [
+    "BrokerRef",
+    "Deposed",
+    "Elected",
+    "Followed",
+    "LinkDown",
+    "LinkUp",
+    "MemberChanged",
+    "Superseded",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerRef:
+    """One broker the mesh could use. ``outranks`` is the rule by which two brokers become one."""
+
+    epoch: int
+    """Grows with every broker the mesh starts; 0 for the site's own, which never competes."""
+    host: NodeId | None
+    """The node that hosts it; ``None`` for the site's own."""
+    addresses: tuple[str, ...]
+    port: int
+    tls: bool = True
+    username: str | None = None
+    password: str | None = None
+
+    def outranks(self, other: BrokerRef) -> bool:
+        """The newer broker wins; of two born at once, the one on the node whose id sorts first."""
+        return (-self.epoch, self.host or "") < (-other.epoch, other.host or "")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """This node is connected to a broker and subscribed. ``broker_epoch`` tells brokers apart.
+
+    Every core publishes again whatever it keeps retained: nothing may exist only in the broker.
+    """
+
+    broker_epoch: int
+    host: NodeId | None
+    """The node that hosts this broker; ``None`` for the site's own broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The connection to the broker is gone. Silence now says nothing about the others."""
+
+    host_is_dead: bool = False
+    """The broker's host refused connections (not merely slow): its node is gone as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChanged:
+    """A node's standing changed. ``incarnation`` tells its lives apart."""
+
+    node: NodeId
+    standing: str
+    """``alive``, ``suspect``, ``dead`` or ``left`` (``mesh.membership.Standing``)."""
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elected:
+    """This node coordinates from now on, under ``epoch``."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Deposed:
+    """This node no longer coordinates; ``epoch`` is the one that ended."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """This node recognises the coordinator of ``epoch`` (another node)."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another process runs under this node's id and is newer; this process must stop."""
+
+    boot: str

@@ -1,0 +1,79 @@
+"""Every message that crosses the network: frozen dataclasses that cannot hold a wrong value.
+
+``node``       who is here and how it is doing
+``agreement``  who coordinates
+``task``       what clients ask, and what coordinator and workers tell one another about it
+
+Fields carry units in their names. Times on the wire are lengths (seconds left), never points on a
+clock: edge devices share no clock. Checks in ``__post_init__`` are written so that NaN fails them, and
+raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into ``DecodeError``.
+"""
+
+from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
+from mesh.messages.node import Drain, NodeForgotten, NodeInfo, NodeReport, NodeState, NodeStanding, PeerHello
+from mesh.messages.task import (
+    Assign,
+    AttemptEnded,
+    AttemptId,
+    AttemptsRunning,
+    CancelAttempt,
+    CancelTask,
+    ChatMessage,
+    Held,
+    Hold,
+    Inventory,
+    Outcome,
+    OutcomeTaken,
+    Recall,
+    Refused,
+    StaleCommand,
+    Submit,
+    TaskEvent,
+    TaskForgotten,
+    TaskRecord,
+    TaskReply,
+    TaskResult,
+    TaskState,
+    TaskStatus,
+    TaskTokens,
+    Unacceptable,
+)
+
+__all__ = [
+    "Assign",
+    "AttemptEnded",
+    "AttemptId",
+    "AttemptsRunning",
+    "CancelAttempt",
+    "CancelTask",
+    "ChatMessage",
+    "Drain",
+    "EpochHint",
+    "EpochSeen",
+    "Held",
+    "Hold",
+    "Inventory",
+    "LeaseKind",
+    "LeaseRecord",
+    "NodeForgotten",
+    "NodeInfo",
+    "NodeReport",
+    "NodeStanding",
+    "NodeState",
+    "Outcome",
+    "OutcomeTaken",
+    "PeerHello",
+    "Recall",
+    "Refused",
+    "StaleCommand",
+    "Submit",
+    "TaskEvent",
+    "TaskForgotten",
+    "TaskRecord",
+    "TaskReply",
+    "TaskResult",
+    "TaskState",
+    "TaskStatus",
+    "TaskTokens",
+    "Unacceptable",
+]

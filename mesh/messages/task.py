@@ -1,0 +1,395 @@
+"""What clients ask, and what coordinator, holders and workers tell one another about it.
+
+A task's way through the mesh (``h`` = durable there before the next arrow):
+
+    client ──Submit──▶ coordinator h ──Hold──▶ holder h ──Held──▶ coordinator ──TaskStatus(queued)──▶ client
+    coordinator ──Assign──▶ worker ──TaskTokens──▶ client
+    worker h ──AttemptEnded──▶ coordinator h ──TaskResult──▶ client, ──Hold(outcome)──▶ holder h
+    coordinator ──OutcomeTaken──▶ worker
+
+``TaskStatus(queued)`` is the acknowledgement. Everything here is repeated until answered, and every
+receiver takes a repetition for what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mesh.ids import Epoch, NodeId, TaskId, is_id
+from mesh.messages.checks import check_count, check_id, check_positive, check_seconds, check_text
+
+__all__ = [
+    "Assign",
+    "AttemptEnded",
+    "AttemptId",
+    "AttemptsRunning",
+    "CancelAttempt",
+    "CancelTask",
+    "ChatMessage",
+    "Held",
+    "Hold",
+    "Inventory",
+    "Outcome",
+    "OutcomeTaken",
+    "Recall",
+    "Refused",
+    "StaleCommand",
+    "Submit",
+    "TaskEvent",
+    "TaskForgotten",
+    "TaskRecord",
+    "TaskReply",
+    "TaskResult",
+    "TaskState",
+    "TaskStatus",
+    "TaskTokens",
+    "Unacceptable",
+]
+
+TaskState = Literal["queued", "assigned", "running", "done", "failed", "rejected", "expired", "cancelled"]
+TERMINAL_STATES = frozenset({"done", "failed", "rejected", "expired", "cancelled"})
+
+PROMPT_BYTES_MAX = 256 * 1024  # 64 k tokens of English: twice the longest context we serve
+STOP_STRINGS_MAX = 16
+MAX_TOKENS_MAX = 32_768
+
+
+# ── what clients say ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """One task. Either ``prompt`` or ``messages`` says what the model shall go on from.
+
+    ``id`` is an idempotency key: the same body under the same id is the same task, however often it
+    arrives. ``deadline_s`` counts from arrival at the coordinator and applies to completion.
+    ``value`` is what an answer in time is worth, in the submitter's own unit.
+    """
+
+    prompt: str | None = None
+    messages: list[ChatMessage] = field(default_factory=list)
+    id: TaskId | None = None
+    kind: Literal["generate"] = "generate"
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    deadline_s: float | None = None
+    value: float = 1.0
+    adapter: str | None = None
+    model: str | None = None
+    stream: bool = True
+    reply_to: str | None = None
+    """A topic for acknowledgement and result; MQTT 5 clients set the response topic instead."""
+    correlation: str | None = None
+    """Comes back with every reply (MQTT 5 correlation data, as text or hexadecimal)."""
+
+    def __post_init__(self) -> None:
+        if self.id is not None:
+            check_id("id", self.id)
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty: say what the model shall answer")
+        if self.messages and not any(message.content.strip() for message in self.messages):
+            raise ValueError("messages are empty: at least one needs content")
+        check_text("prompt", self.prompt, PROMPT_BYTES_MAX)
+        if sum(len(message.content.encode("utf-8", "surrogatepass")) for message in self.messages) > PROMPT_BYTES_MAX:
+            raise ValueError(f"messages must be at most {PROMPT_BYTES_MAX} bytes of UTF-8 together")
+        if len(self.messages) > 1024:
+            raise ValueError("at most 1024 messages")
+        check_count("max_tokens", self.max_tokens, MAX_TOKENS_MAX, least=1)
+        if not 0 <= self.temperature <= 10:
+            raise ValueError(f"temperature must be from 0 (greedy) to 10, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None:
+            check_count("seed", self.seed)
+        if len(self.stop) > STOP_STRINGS_MAX or any(not 0 < len(text) <= 256 for text in self.stop):
+            raise ValueError(f"stop takes at most {STOP_STRINGS_MAX} strings of 1 to 256 characters")
+        check_positive("deadline_s", self.deadline_s)
+        check_positive("value", self.value)
+        for name in ("adapter", "model"):
+            text = getattr(self, name)
+            if text is not None and not 0 < len(text) <= 200:
+                raise ValueError(f"{name} must be 1 to 200 characters")
+        check_text("correlation", self.correlation, 1024)
+        if self.reply_to is not None and (
+            not 0 < len(self.reply_to.encode()) <= 512 or any(c in self.reply_to for c in "+#\0") or self.reply_to[0] == "$"
+        ):
+            raise ValueError("reply_to must be a plain topic of at most 512 bytes, with no + or #, not starting with $")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unacceptable:
+    """A submission that could not be read; made by the shell so that the core can answer it."""
+
+    reason: str
+    id: TaskId | None
+    reply_to: str | None
+    correlation: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelTask:
+    """A client wants the task ended; the task's id is in the topic."""
+
+    task: TaskId
+
+    def __post_init__(self) -> None:
+        check_id("task", self.task)
+
+
+# ── what clients hear ───────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStatus:
+    """Retained for a bounded time. ``queued`` is the acknowledgement: the task is durable."""
+
+    task: TaskId
+    state: TaskState
+    reason: str | None
+    node: NodeId | None
+    """Where it runs or ran."""
+    attempt: int
+    epoch: Epoch
+    durable_on: int
+    """How many nodes hold the task on disk."""
+    kind: str = "generate"
+    value: float = 1.0
+    budget_s: float | None = None
+    """Seconds left to the deadline when this was sent."""
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in TERMINAL_STATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTokens:
+    """A piece of the answer while it is made. QoS 0: pieces may be lost, the result is complete.
+
+    ``seq`` counts from 0 within one attempt; a new ``attempt`` starts the text over.
+    """
+
+    task: TaskId
+    attempt: int
+    seq: int
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """The complete answer, or why there is none. Sent once per terminal state; never needs the stream."""
+
+    task: TaskId
+    state: TaskState
+    text: str
+    finish_reason: str | None
+    """``stop`` (end of text or a stop string), ``length`` (max_tokens), else ``None``."""
+    reason: str | None
+    node: NodeId | None
+    attempt: int
+    epoch: Epoch
+    n_prompt_tokens: int
+    n_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    """From the start of the attempt to its first token."""
+    service_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReply:
+    """A status or a result again, for a client that named its own topic."""
+
+    reply_to: str
+    correlation: str | None
+    body: TaskStatus | TaskResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEvent:
+    """A line for people: the mesh's event log, bounded and not retained."""
+
+    text: str
+    task: TaskId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskForgotten:
+    """Clears the task's retained topics: nothing about a task stays in the broker for ever."""
+
+    task: TaskId
+
+
+# ── what is durable ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a task, or one attempt of it, ended. The first one settled is the task's for ever."""
+
+    state: TaskState
+    text: str
+    finish_reason: str | None
+    reason: str | None
+    node: NodeId | None
+    attempt: int
+    epoch: Epoch
+    """The epoch whose coordinator assigned the attempt, or settled the task without one."""
+    n_prompt_tokens: int = 0
+    n_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float | None = None
+    service_s: float = 0.0
+    retry: bool = False
+    """A failure of this node rather than of the task: try elsewhere (never set in a settled outcome)."""
+
+    def __post_init__(self) -> None:
+        if self.state not in TERMINAL_STATES:
+            raise ValueError(f"an outcome is final, {self.state!r} is not")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord:
+    """What a coordinator and a holder keep on disk about a task: enough to carry it on elsewhere."""
+
+    task: TaskId
+    submit: Submit
+    digest: str
+    """Of the body, to tell a repetition from another task under the same id."""
+    budget_s: float | None
+    """Seconds left to the deadline when this was written; a restart counts on from here."""
+    outcome: Outcome | None
+    epoch: Epoch
+    """Of the coordinator that last wrote the record."""
+
+    def __post_init__(self) -> None:
+        check_id("task", self.task)
+        check_seconds("budget_s", self.budget_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptId:
+    task: TaskId
+    attempt: int
+    epoch: Epoch
+
+    def __post_init__(self) -> None:
+        check_id("task", self.task)
+        check_count("attempt", self.attempt, 1000, least=1)
+
+
+# ── between coordinator, holders and workers (msgpack) ──────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Keep this record on disk, replacing an older one, and say so."""
+
+    epoch: Epoch
+    record: TaskRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """The record is on this node's disk. ``settled`` tells which version of it."""
+
+    epoch: Epoch
+    task: TaskId
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """A new coordinator asks a node for every record it holds and every attempt it runs."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """Part of the answer to ``Recall``; ``is_last`` closes it. Split by size, see ``mesh.wire``."""
+
+    epoch: Epoch
+    records: list[TaskRecord]
+    running: list[AttemptId]
+    ended: list[AttemptEnded]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    """Run one attempt. ``budget_s`` is what is left of the deadline, ``None`` without one."""
+
+    epoch: Epoch
+    task: TaskId
+    attempt: int
+    submit: Submit
+    budget_s: float | None
+
+    def __post_init__(self) -> None:
+        check_id("task", self.task)
+        check_count("attempt", self.attempt, 1000, least=1)
+        check_seconds("budget_s", self.budget_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The worker does not take the attempt (full, draining, model missing): place it elsewhere."""
+
+    attempt: AttemptId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptsRunning:
+    """What this worker runs now; sent at every start and about once a second."""
+
+    attempts: list[AttemptId]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptEnded:
+    """The attempt's outcome, durable on the worker; repeated until ``OutcomeTaken``."""
+
+    task: TaskId
+    attempt: int
+    epoch: Epoch
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeTaken:
+    """The coordinator has the task's end on two disks: the worker may forget the attempt."""
+
+    epoch: Epoch
+    task: TaskId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAttempt:
+    """Stop between two tokens; what was made so far is the outcome's text."""
+
+    epoch: Epoch
+    task: TaskId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaleCommand:
+    """To a sender whose command carried an epoch that is over: you are not the coordinator any more."""
+
+    seen: Epoch

@@ -1,0 +1,127 @@
+"""The topic table: a topic that is not here does not exist.
+
+From it come the names and filters the bus uses, ``docs/protocol.md``, ``docs/asyncapi.yaml`` and the
+broker's access list (``python -m mesh.topics --write``; a test checks that they are current).
+
+Every node writes only below its own id, so the broker's access list proves who sent a message; the
+exceptions are the coordinator's record and the task topics, which carry an epoch instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh import messages as m
+from mesh.ids import MeshName
+
+__all__ = ["BASE", "CLEARS", "TABLE", "Topic", "topic_of"]
+
+BASE = "edgemesh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topic:
+    """One row. ``pattern`` is below ``edgemesh/<mesh>/``; ``{node}``, ``{to}``, ``{task}`` are ids."""
+
+    name: str
+    pattern: str
+    payload: tuple[type, ...]
+    encoding: Literal["json", "msgpack"]
+    writer: str
+    reader: str
+    qos: Literal[0, 1]
+    retain: bool
+    why: str
+
+    def topic(self, mesh: MeshName, **ids: str) -> str:
+        return f"{BASE}/{mesh}/{self.pattern.format(**ids)}"
+
+    def filter(self, mesh: MeshName, **ids: str) -> str:
+        """Subscription filter: ids left out become ``+``."""
+        wild = {"node": "+", "to": "+", "task": "+", **ids}
+        return f"{BASE}/{mesh}/{self.pattern.format(**wild)}"
+
+
+STATE = Topic(
+    name="STATE", pattern="node/{node}/state", payload=(m.NodeState,), encoding="json",
+    writer="that node; the broker, as its last will", reader="everybody", qos=1, retain=True,
+    why="retained, so that a newcomer knows the members at once; incarnation outdates a late will",
+)
+INFO = Topic(
+    name="INFO", pattern="node/{node}/info", payload=(m.NodeInfo,), encoding="json",
+    writer="that node", reader="everybody", qos=1, retain=True,
+    why="what a node is changes rarely; placement and the terminal view need it at once",
+)
+METRICS = Topic(
+    name="METRICS", pattern="node/{node}/metrics", payload=(m.NodeReport,), encoding="json",
+    writer="that node, every second", reader="everybody", qos=0, retain=False,
+    why="proof of life on any broker: a lost one is replaced by the next",
+)
+INBOX = Topic(
+    name="INBOX", pattern="node/{node}/to/{to}",
+    payload=(
+        m.Drain, m.EpochHint, m.Hold, m.Held, m.Recall, m.Inventory, m.Assign, m.Refused, m.AttemptsRunning,
+        m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand,
+    ),
+    encoding="msgpack", writer="node", reader="to", qos=1, retain=False,
+    why="the sender's id is in the topic, where the access list can hold it to the truth",
+)
+COORDINATOR = Topic(
+    name="COORDINATOR", pattern="coordinator", payload=(m.LeaseRecord,), encoding="json",
+    writer="candidates and the coordinator", reader="everybody", qos=1, retain=True,
+    why="one topic is one order for all readers: the first claim of an epoch's term wins",
+)
+SUBMIT = Topic(
+    name="SUBMIT", pattern="task/submit", payload=(m.Submit,), encoding="json",
+    writer="clients", reader="every node; the coordinator acts", qos=1, retain=False,
+    why="all nodes keep it for a few seconds, so a submission during a failover is not lost",
+)
+CANCEL = Topic(
+    name="CANCEL", pattern="task/{task}/cancel", payload=(m.CancelTask,), encoding="json",
+    writer="clients", reader="the coordinator", qos=1, retain=False,
+    why="an empty payload is enough: the task is in the topic",
+)
+STATUS = Topic(
+    name="STATUS", pattern="task/{task}/status", payload=(m.TaskStatus,), encoding="json",
+    writer="coordinator", reader="clients", qos=1, retain=True,
+    why="retained for a bounded time, so that a client may look later; 'queued' acknowledges the task",
+)
+STREAM = Topic(
+    name="STREAM", pattern="task/{task}/stream", payload=(m.TaskTokens,), encoding="json",
+    writer="the worker", reader="clients", qos=0, retain=False,
+    why="tokens in batches of 50-100 ms; a lost piece is made good by the result",
+)
+RESULT = Topic(
+    name="RESULT", pattern="task/{task}/result", payload=(m.TaskResult,), encoding="json",
+    writer="coordinator", reader="clients", qos=1, retain=True,
+    why="complete in one message; retained for a bounded time, for clients that were away",
+)
+REPLY = Topic(
+    name="REPLY", pattern="(reply_to)", payload=(m.TaskReply,), encoding="json",
+    writer="coordinator", reader="that client", qos=1, retain=False,
+    why="a client that named a topic hears acknowledgement and result there; the whole topic is its own choice",
+)
+EVENT = Topic(
+    name="EVENT", pattern="event", payload=(m.TaskEvent,), encoding="json",
+    writer="coordinator", reader="people", qos=0, retain=False,
+    why="what happened, in words",
+)
+
+TABLE: tuple[Topic, ...] = (
+    STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, STATUS, STREAM, RESULT, REPLY, EVENT,
+)  # fmt: skip
+
+CLEARS: dict[type, tuple[Topic, ...]] = {m.TaskForgotten: (STATUS, RESULT), m.NodeForgotten: (STATE, INFO)}
+"""Messages that travel as empty retained payloads: they remove what the rows kept."""
+
+_TOPIC_OF: dict[type, Topic] = {kind: row for row in TABLE for kind in row.payload}
+
+
+def topic_of(message: object) -> Topic:
+    """The one row whose payload this message is.
+
+    Raises:
+        KeyError: The message never travels (a programming mistake, not a remote one).
+    """
+    return _TOPIC_OF[type(message)]
