@@ -5,16 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import Epoch, NodeId
+from mesh.messages import PeerHello
 
 __all__ = [
+    "AskPeers",
+    "BrokerFailed",
+    "BrokerHosted",
     "BrokerRef",
     "Deposed",
     "Elected",
     "Followed",
+    "HostBroker",
     "LinkDown",
     "LinkUp",
     "MemberChanged",
+    "PeerHeard",
+    "PeerSilent",
+    "StopBroker",
     "Superseded",
+    "UseBroker",
 ]
 
 
@@ -93,3 +102,61 @@ class Superseded:
     """Another process runs under this node's id and is newer; this process must stop."""
 
     boot: str
+
+
+# ── between mesh.hosting and the shell that probes peers and runs the broker ────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHeard:
+    """Shell to hosting: a peer answered a probe of its data plane, at ``address``."""
+
+    hello: PeerHello
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSilent:
+    """Shell to hosting: a peer said goodbye, or did not answer at any of its addresses."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class AskPeers:
+    """Hosting to shell: probe these peers now (``PeerHeard`` or ``PeerSilent`` follows for each)."""
+
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostBroker:
+    """Hosting to shell: start a broker here; ``BrokerHosted`` or ``BrokerFailed`` follows."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerHosted:
+    """Shell to hosting: the broker listens."""
+
+    broker: BrokerRef
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerFailed:
+    """Shell to hosting: it did not start, or it ended by itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopBroker:
+    """Hosting to shell: everybody moved to a better one."""
+
+
+@dataclass(frozen=True, slots=True)
+class UseBroker:
+    """Hosting to shell: connect (or move) to this broker."""
+
+    broker: BrokerRef
