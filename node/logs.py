@@ -1,0 +1,53 @@
+"""Log lines: an event name and key-values, as text for people or JSON for machines, on stderr.
+
+Every line of edgemesh's own carries an ``event``; libraries' lines appear from WARNING up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any, Literal
+
+__all__ = ["say", "set_up"]
+
+OURS = ("mesh", "coordinator", "node")
+
+
+def say(log: logging.Logger, event: str, text: str, level: int = logging.INFO, **fields: Any) -> None:
+    """One event: ``say(log, "elected", "this node coordinates now", epoch=str(epoch))``."""
+    log.log(level, text, extra={"event": event, "fields": fields})
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created)) + f".{record.msecs:03.0f}",
+            "monotonic_s": round(time.monotonic(), 4),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "text": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _TextLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        line = f"{stamp}  {mark}{record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def set_up(style: Literal["text", "json"], level: int = logging.INFO) -> None:
+    """Send this process's log to stderr in the chosen form. Call once, before anything logs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if style == "json" else _TextLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,119 @@
+"""The house rules that a machine can check. Each failure names the rule and the line that broke it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = {"mesh": 0, "coordinator": 1, "node": 2}
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    "aiohttp": ("mesh/streams.py",),
+    "aiomqtt": ("mesh/mqtt.py",),
+    "amqtt": ("mesh/brokers/amqtt_broker.py",),
+    "click": ("node/cli/",),
+    "cryptography": ("mesh/identity.py",),
+    "msgpack": ("mesh/wire.py",),
+    "msgspec": ("mesh/wire.py",),
+    "paho": ("mesh/mqtt.py",),
+    "platformdirs": ("node/state.py",),
+    "psutil": ("node/profile.py",),
+    "rich": ("node/tui.py", "node/console.py"),
+    "sqlite3": ("mesh/journal.py",),
+    "zeroconf": ("mesh/discovery.py",),
+}
+"""One owner per third-party library: when it changes, one file changes."""
+
+PURE = (
+    "mesh/core.py",
+    "mesh/election.py",
+    "mesh/facts.py",
+    "mesh/fence.py",
+    "mesh/hosting.py",
+    "mesh/ids.py",
+    "mesh/membership.py",
+    "mesh/messages/",
+    "coordinator/",
+)
+"""No I/O, no clock, no randomness of their own, no awaits: that is what makes them simulable."""
+
+IMPURE = {
+    "aiohttp", "asyncio", "os", "pathlib", "requests", "secrets", "select", "shutil", "signal", "socket",
+    "sqlite3", "subprocess", "tempfile", "threading", "time", "urllib",
+}  # fmt: skip
+
+COMPUTE = {"torch", "transformers", "peft", "safetensors", "gguf"}
+TORCH_FREE = ("mesh/", "coordinator/", "node/cli/", "node/agent.py", "node/client.py", "node/settings.py",
+              "node/state.py", "node/tui.py", "node/view.py", "node/worker.py", "node/profile.py")  # fmt: skip
+
+
+def sources() -> list[Path]:
+    return [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full module name of every import in the file, deferred ones too."""
+    for item in ast.walk(ast.parse(path.read_text())):
+        if isinstance(item, ast.Import):
+            yield from ((item.lineno, alias.name) for alias in item.names)
+        elif isinstance(item, ast.ImportFrom) and item.module and not item.level:
+            yield item.lineno, item.module
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_imports_go_down_the_layers_only(path: Path) -> None:
+    layer = name_of(path).split("/")[0]
+    for line, module in imports(path):
+        top = module.split(".")[0]
+        if top in LAYERS:
+            assert LAYERS[top] <= LAYERS[layer], f"{name_of(path)}:{line} imports {module}: {layer} is below {top}"
+
+
+@pytest.mark.parametrize("library", sorted(OWNERS))
+def test_each_library_has_one_owner(library: str) -> None:
+    owners = OWNERS[library]
+    for path in sources():
+        for line, module in imports(path):
+            if module.split(".")[0] == library:
+                assert name_of(path).startswith(owners), (
+                    f"{name_of(path)}:{line} imports {module}; only {' and '.join(owners)} may"
+                )
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if name_of(p).startswith(PURE)], ids=name_of)
+def test_cores_are_free_of_io_clock_and_randomness(path: Path) -> None:
+    for line, module in imports(path):
+        assert module.split(".")[0] not in IMPURE, f"{name_of(path)}:{line} imports {module}: cores are pure"
+    tree = ast.parse(path.read_text())
+    for item in ast.walk(tree):
+        assert not isinstance(item, ast.AsyncFunctionDef | ast.Await), f"{name_of(path)}:{item.lineno} awaits"
+        if isinstance(item, ast.Attribute) and isinstance(item.value, ast.Name) and item.value.id == "random":
+            raise AssertionError(f"{name_of(path)}:{item.lineno} uses the global random source; take an rng")
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if name_of(p).startswith(TORCH_FREE)], ids=name_of)
+def test_only_compute_files_import_torch(path: Path) -> None:
+    for line, module in imports(path):
+        assert module.split(".")[0] not in COMPUTE, f"{name_of(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_files_stay_small_enough_to_have_one_purpose(path: Path) -> None:
+    n_lines = len(path.read_text().splitlines())
+    assert n_lines <= 600, f"{name_of(path)} has {n_lines} lines: one purpose has become two, split it"
+
+
+def test_nothing_unpickles() -> None:
+    for path in sources():
+        for line, module in imports(path):
+            assert module.split(".")[0] not in {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}, (
+                f"{name_of(path)}:{line}: bytes from peers must never become code"
+            )
