@@ -1,0 +1,371 @@
+"""What this machine remembers, as files.
+
+    <state>/meshes/<mesh>/key             join code, mode 0600
+                          broker.json     the broker last known here; mode 0600
+                          nodes/<k>/      slot k: one node process at a time
+                              lock        flock held for the process's life
+                              node.json   {id, incarnation}
+                              journal.db  mesh.journal
+                              *.pem       its certificate
+                          clients/<name>/ certificates issued to people and scripts
+           models/                        weights, shared by all meshes
+
+Several processes on one machine share the directory: a slot belongs to whoever holds its lock, and
+``flock`` lets go when the process dies, however it dies. Files that matter are written beside their
+name, synced and renamed, so a reader or a power cut sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_config_path, user_state_path
+
+from mesh.errors import ConfigError
+from mesh.facts import BrokerRef
+from mesh.ids import MeshName, NodeId, is_id, new_node_id
+from node.settings import DEFAULT_MESH
+
+if TYPE_CHECKING:
+    from mesh.identity import Identity, MeshKey
+
+__all__ = ["KnownBroker", "NodeSlot", "StateDir", "default_config_file", "default_state_dir"]
+
+SLOTS_MAX = 256  # nodes of one mesh on one machine; a laptop runs out of memory long before
+RECORD_BYTES_MAX = 64 * 1024  # the largest is broker.json with 16 addresses, under 1 KiB
+
+
+def default_state_dir() -> Path:
+    """Such as ``~/.local/state/edgemesh``."""
+    return user_state_path("edgemesh", appauthor=False)
+
+
+def default_config_file() -> Path:
+    """Such as ``~/.config/edgemesh/config.toml``."""
+    return user_config_path("edgemesh", appauthor=False) / "config.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBroker:
+    """A broker that served this machine, and its unencrypted loopback port if it is on this machine."""
+
+    ref: BrokerRef
+    plain_port: int | None = None
+
+
+class NodeSlot:
+    """One node's own directory, held until ``close``; a context manager.
+
+    ``incarnation`` is already durable and higher than any this node has used before.
+    """
+
+    def __init__(self, path: Path, number: int, lock: int, node: NodeId, incarnation: int) -> None:
+        self.path = path
+        self.number = number
+        self.node = node
+        self.incarnation = incarnation
+        self._lock: int | None = lock
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "journal.db"
+
+    def identity(self, key: MeshKey) -> Identity:
+        """This node's certificate in its slot, issued if it is not there yet.
+
+        Raises:
+            ConfigError: The directory cannot be written.
+        """
+        from mesh.identity import issue
+
+        return issue(key, self.node, self.path)
+
+    def record_incarnation(self, incarnation: int) -> None:
+        """Durable on return: the node refuted a rumour, and its next life must start above this.
+
+        Raises:
+            ConfigError: The directory cannot be written.
+        """
+        if incarnation > self.incarnation:
+            with _readable_errors(self.path):
+                _write(self.path / "node.json", {"id": self.node, "incarnation": incarnation})
+            self.incarnation = incarnation
+
+    def close(self) -> None:
+        """Let another process have the slot."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> NodeSlot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class StateDir:
+    """The directory and everything in it. Nothing is created before something is saved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # ── meshes and their keys ───────────────────────────────────────────────────────────────────────
+
+    def meshes(self) -> list[MeshName]:
+        """Meshes whose key is here, by name."""
+        with _readable_errors(self.path):
+            folders = sorted((self.path / "meshes").glob("*/key"))
+        return [MeshName(key.parent.name) for key in folders if is_id(key.parent.name)]
+
+    def default_mesh(self) -> MeshName:
+        """The only mesh known here; ``home`` when there is none.
+
+        Raises:
+            ConfigError: Several: the operator must choose.
+        """
+        names = self.meshes()
+        if len(names) > 1 and DEFAULT_MESH not in names:
+            raise ConfigError(f"several meshes are known here ({', '.join(names)}): choose one with --mesh")
+        return names[0] if len(names) == 1 else DEFAULT_MESH
+
+    def mesh_key(self, mesh: MeshName) -> MeshKey | None:
+        """The key saved for ``mesh``.
+
+        Raises:
+            ConfigError: The file is damaged or cannot be read.
+        """
+        from mesh.identity import MeshKey
+
+        path = self._mesh(mesh) / "key"
+        with _readable_errors(path):
+            try:
+                code = path.read_text().strip()
+            except FileNotFoundError:
+                return None
+        try:
+            key = MeshKey.from_code(code)
+        except ConfigError as error:
+            raise ConfigError(f"{path} is damaged ({error}): remove it and join again with --code") from error
+        if key.name != mesh:
+            raise ConfigError(f"{path} holds the key of '{key.name}': remove it and join again with --code")
+        return key
+
+    def save_key(self, key: MeshKey) -> None:
+        """Durable and readable by this user only, on return.
+
+        Raises:
+            ConfigError: The directory cannot be written.
+        """
+        path = self._mesh(key.name) / "key"
+        with _readable_errors(path):
+            _make_dir(path.parent)
+            _write_bytes(path, f"{key.code}\n".encode())
+
+    # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
+
+    def claim_node_slot(self, mesh: MeshName, hostname: str, rng: Random) -> NodeSlot:
+        """The first slot no living process holds; a new node if all known ones are running.
+
+        Args:
+            mesh: Whose node.
+            hostname: Readable part of a new node's id.
+            rng: Draws a new node's id.
+
+        Raises:
+            ConfigError: The directory cannot be written, a file in it is damaged, or 256 nodes run here.
+        """
+        for number in range(SLOTS_MAX):
+            path = self._mesh(mesh) / "nodes" / str(number)
+            with _readable_errors(path):
+                _make_dir(path)
+                lock = _try_lock(path / "lock")
+                if lock is None:
+                    continue
+                try:
+                    node, incarnation = self._next_life(path / "node.json", hostname, rng)
+                except BaseException:
+                    os.close(lock)
+                    raise
+            return NodeSlot(path, number, lock, node, incarnation)
+        raise ConfigError(f"{SLOTS_MAX} nodes of mesh '{mesh}' already run on this machine: stop one first")
+
+    @staticmethod
+    def _next_life(path: Path, hostname: str, rng: Random) -> tuple[NodeId, int]:
+        record = _read(path)
+        if record is None:
+            node, incarnation = new_node_id(hostname, rng), 1
+        else:
+            try:
+                node, incarnation = NodeId(record["id"]), int(record["incarnation"]) + 1
+                if not is_id(node):
+                    raise ValueError(f"impossible node id {node!r}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged(path, error) from error
+        _write(path, {"id": node, "incarnation": incarnation})
+        return node, incarnation
+
+    # ── brokers ─────────────────────────────────────────────────────────────────────────────────────
+
+    def write_broker(self, mesh: MeshName, broker: KnownBroker) -> None:
+        """Tell the other processes of this machine which broker serves ``mesh``."""
+        ref = broker.ref
+        record = {
+            "epoch": ref.epoch,
+            "host": ref.host,
+            "addresses": list(ref.addresses),
+            "port": ref.port,
+            "tls": ref.tls,
+            "username": ref.username,
+            "password": ref.password,
+            "plain_port": broker.plain_port,
+        }
+        path = self._mesh(mesh) / "broker.json"
+        with _readable_errors(path):
+            _make_dir(path.parent)
+            _write(path, record)
+
+    def read_broker(self, mesh: MeshName) -> KnownBroker | None:
+        """The broker last written; ``None`` if there is none or the file is damaged (it is only a hint)."""
+        path = self._mesh(mesh) / "broker.json"
+        try:
+            record = _read(path)
+            if record is None:
+                return None
+            ref = BrokerRef(
+                epoch=int(record["epoch"]),
+                host=NodeId(record["host"]) if record["host"] is not None else None,
+                addresses=tuple(str(address) for address in record["addresses"]),
+                port=int(record["port"]),
+                tls=bool(record["tls"]),
+                username=record.get("username"),
+                password=record.get("password"),
+            )
+            plain_port = record.get("plain_port")
+            return KnownBroker(ref, int(plain_port) if plain_port is not None else None)
+        except (ConfigError, OSError, KeyError, TypeError, ValueError):
+            return None
+
+    def forget_broker(self, mesh: MeshName, ref: BrokerRef) -> None:
+        """Remove the hint if it still names ``ref``; another process may have written a newer one."""
+        known = self.read_broker(mesh)
+        if known is not None and (known.ref.epoch, known.ref.host) == (ref.epoch, ref.host):
+            with suppress(OSError):  # a hint that cannot be removed is probed before use anyway
+                (self._mesh(mesh) / "broker.json").unlink(missing_ok=True)
+
+    # ── clients and models ──────────────────────────────────────────────────────────────────────────
+
+    def client_identity(self, key: MeshKey, name: str) -> Identity:
+        """The certificate of a client called ``name``, issued if it is not there yet.
+
+        Raises:
+            ConfigError: ``name`` cannot be a file name, or the directory cannot be written.
+        """
+        from mesh.identity import issue
+
+        if not is_id(name):
+            raise ConfigError(f"a client's name is 1 to 63 of a-z, 0-9 and '-', not at an end; got {name!r}")
+        return issue(key, name, self._mesh(key.name) / "clients" / name)
+
+    @property
+    def models_dir(self) -> Path:
+        """Where weights live; not created here."""
+        return self.path / "models"
+
+    def _mesh(self, mesh: MeshName) -> Path:
+        assert is_id(mesh), f"a mesh name that cannot be a file name: {mesh!r}"
+        return self.path / "meshes" / mesh
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────
+
+_NEXT_STEP = {
+    errno.EACCES: "you may not write there; choose another place with --state-dir",
+    errno.EPERM: "you may not write there; choose another place with --state-dir",
+    errno.EROFS: "the file system is read-only; choose another place with --state-dir",
+    errno.ENOSPC: "the disk is full; free some space or choose another place with --state-dir",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another place with --state-dir",
+    errno.ENOTDIR: "a file is in the way; choose another place with --state-dir",
+    errno.EEXIST: "a file is in the way; choose another place with --state-dir",
+}
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        step = _NEXT_STEP.get(error.errno or 0, "choose another place with --state-dir")
+        raise ConfigError(f"cannot use {path} ({error.strerror}): {step}") from error
+
+
+def _make_dir(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _try_lock(path: Path) -> int | None:
+    """An open file that holds the lock, ``None`` if another process does."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            record = json.loads(file.read(RECORD_BYTES_MAX))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(record, dict):
+        raise _damaged(path, TypeError("not a JSON object"))
+    return record
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({error}): remove {path.parent} and this node starts as a new one")
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    _write_bytes(path, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Atomic and durable on return. The name holds the process id: two writers never share a draft."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
