@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import Epoch, NodeId
+from mesh.messages import NodeInfo, NodeReport, NodeStanding
 from mesh.messages import PeerHello
 
 __all__ = [
@@ -160,3 +161,36 @@ class UseBroker:
     """Hosting to shell: connect (or move) to this broker."""
 
     broker: BrokerRef
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRefused:
+    """The member table is full: ``node`` and further newcomers are not known here until one is forgotten."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Shell to cores: this process says goodbye. A coordinator resigns; membership announces ``left``."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnInfo:
+    """Shell to membership: what this node is has changed; the others must hear it."""
+
+    info: NodeInfo
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReport:
+    """Shell to membership, about once a second: how this node is doing."""
+
+    report: NodeReport
+
+
+@dataclass(frozen=True, slots=True)
+class OwnStanding:
+    """Shell to membership: this node drains, takes work again, or leaves."""
+
+    state: NodeStanding
