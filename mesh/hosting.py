@@ -43,7 +43,6 @@ __all__ = ["Hosting", "HostingConfig", "Phase"]
 
 # A broker needs the first few peers, not all: every answer names the broker. 4,096 is the member bound.
 PEERS_MAX = 4096
-SILENT_MAX = 20  # at one check in five seconds: a peer is asked for at least 100 s after it fell silent
 TURNS_MAX = 4  # if the first four in turn cannot host, several at once may as well try: rank decides
 ASK_AT_ONCE_MAX = 8  # probes are TLS handshakes, about 3 ms of a small CPU each
 
@@ -69,6 +68,8 @@ class HostingConfig:
     check_every_s: float = 5.0
     """How often a node with a good link compares brokers with a few peers."""
     down_keep_s: float = 5.0
+    forget_s: float = 600.0
+    """A peer on the other side of a split must be found again when it heals."""
     linger_s: float = 2.0
     """How long an outranked broker stays up so that its clients hear the news through it."""
     answer_fresh_s: float = 1.5
@@ -82,10 +83,10 @@ class HostingConfig:
 
 @dataclass(slots=True)
 class _Peer:
-    hello: PeerHello
+    hello: PeerHello | None
     address: str
     heard_at: float
-    n_silent: int = 0
+    silent_since: float = FOREVER
 
 
 class Hosting:
@@ -137,11 +138,11 @@ class Hosting:
             case PeerHeard(hello=hello, address=address):
                 return self._on_peer_heard(hello, address, now)
             case PeerSilent(node=node):
-                self._on_peer_silent(node)
+                self._on_peer_silent(node, now)
             case LinkUp(broker_epoch=epoch):
                 if self.broker is not None and epoch == self.broker.epoch:
                     self.is_linked = True
-                    self._ask_at = now + self._config.check_every_s
+                    self._ask_at = FOREVER if self._external else now + self._config.check_every_s
             case LinkDown(host_is_dead=host_is_dead):
                 return self._on_link_down(host_is_dead, now)
             case BrokerHosted(broker=broker):
@@ -151,9 +152,11 @@ class Hosting:
         return []
 
     def tick(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
         if self._external is not None:
-            return self._use(self._external, now) if self.broker is None else self._rest()
+            effects = self._use(self._external, now) if self.broker is None else []
+            self._ask_at = FOREVER  # nothing to look for: the operator has said where it is
+            return effects
+        effects = []
         if now >= self._stop_at:
             self._stop_at = FOREVER
             self.hosted = None
@@ -190,13 +193,13 @@ class Hosting:
             return []  # ours will be up in a moment; rank decides then
         return self._use(offered, now)
 
-    def _on_peer_silent(self, node: NodeId) -> None:
-        peer = self._peers.get(node)
-        if peer is None:
+    def _on_peer_silent(self, node: NodeId, now: float) -> None:
+        if node not in self._peers and len(self._peers) >= PEERS_MAX:
             return
+        peer = self._peers.setdefault(node, _Peer(None, "", -FOREVER))  # known of, never heard: ask again
         peer.heard_at = -FOREVER
-        peer.n_silent += 1
-        if peer.n_silent >= SILENT_MAX:
+        peer.silent_since = min(peer.silent_since, now)
+        if now - peer.silent_since > self._config.forget_s:
             del self._peers[node]  # a new sighting brings it back
 
     def _veto(self, hello: PeerHello, now: float) -> list[Effect]:
@@ -217,7 +220,7 @@ class Hosting:
         self.is_linked = False
         if host_is_dead:
             if self.broker is not None and self.broker.host is not None:
-                self._on_peer_silent(self.broker.host)
+                self._on_peer_silent(self.broker.host, now)
             self._host_at = min(self._host_at, now + self._config.dead_grace_s)
         self._ask_at = min(self._ask_at, now)
         return []
@@ -286,16 +289,12 @@ class Hosting:
         """Often while we look for a broker; a few peers now and then while all is well."""
         every_s = self._config.check_every_s if self.is_linked else self._config.ask_every_s
         self._ask_at = now + every_s
-        nodes = sorted(self._peers, key=lambda node: (self._peers[node].n_silent > 0, node))
+        nodes = sorted(self._peers, key=lambda node: (self._peers[node].silent_since < FOREVER, node))
         if len(nodes) > ASK_AT_ONCE_MAX:
             # The lowest ids are the likely hosts; the rest is a sample, so every split is found in time.
             likely, others = nodes[: ASK_AT_ONCE_MAX // 2], nodes[ASK_AT_ONCE_MAX // 2 :]
             nodes = likely + self._rng.sample(others, ASK_AT_ONCE_MAX - len(likely))
         return [Notify(AskPeers(tuple(nodes)))] if nodes else []
-
-    def _rest(self) -> list[Effect]:
-        self._ask_at = FOREVER
-        return []
 
     def _fresh(self, now: float) -> list[NodeId]:
         return [n for n, peer in self._peers.items() if now - peer.heard_at <= self._config.answer_fresh_s]
@@ -304,6 +303,8 @@ class Hosting:
         best: BrokerRef | None = None
         for node in self._fresh(now):
             peer = self._peers[node]
+            if peer.hello is None:
+                continue
             offered = _offered(peer.hello, peer.address)
             if offered is None or offered.host == self._me or self._is_down(offered, now):
                 continue
