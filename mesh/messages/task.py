@@ -51,6 +51,7 @@ TaskState = Literal["queued", "assigned", "running", "done", "failed", "rejected
 TERMINAL_STATES = frozenset({"done", "failed", "rejected", "expired", "cancelled"})
 
 PROMPT_BYTES_MAX = 256 * 1024  # 64 k tokens of English: twice the longest context we serve
+ANSWER_BYTES_MAX = 192 * 1024  # 32 k tokens of English; with its prompt it still fits one frame (mesh.wire)
 STOP_STRINGS_MAX = 16
 MAX_TOKENS_MAX = 32_768
 
