@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import Epoch, NodeId
-from mesh.messages import NodeInfo, NodeReport, NodeStanding
-from mesh.messages import PeerHello
+from mesh.messages import NodeInfo, NodeReport, NodeStanding, PeerHello
 
 __all__ = [
     "AskPeers",
@@ -17,9 +16,14 @@ __all__ = [
     "Elected",
     "Followed",
     "HostBroker",
+    "Leaving",
     "LinkDown",
     "LinkUp",
     "MemberChanged",
+    "MemberRefused",
+    "OwnInfo",
+    "OwnReport",
+    "OwnStanding",
     "PeerHeard",
     "PeerSilent",
     "StopBroker",
