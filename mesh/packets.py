@@ -21,6 +21,7 @@ from mesh.ids import MeshName, NodeId, TaskId, is_id
 from mesh.messages import (
     CancelTask,
     LeaseRecord,
+    Submit,
     TaskReply,
     TaskResult,
     TaskStatus,
@@ -106,6 +107,8 @@ def outgoing(message: Message, *, mesh: MeshName, me: NodeId, to: NodeId | None 
     if isinstance(message, TaskResult | TaskStatus):
         ended = isinstance(message, TaskResult) or message.is_final
         expiry_s = _ENDED_TASK_EXPIRY_S if ended else _OPEN_TASK_EXPIRY_S
+    elif isinstance(message, Submit) and message.deadline_s is not None:
+        expiry_s = message.deadline_s + 1  # brokers count whole seconds; this must not cut the deadline
     return [
         Packet(
             topic=row.topic(mesh, **ids),
@@ -157,9 +160,10 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
 
 
 def _read_reply(packet: Packet) -> TaskReply:
-    """A reply as the client sees it; ``TaskResult`` is told from ``TaskStatus`` by its text."""
-    body = wire.decode_json(packet.payload, wire.reply_kind(packet.payload))
-    correlation = None if packet.correlation is None else wire.correlation_text(packet.correlation)
+    """A reply as the client sees it."""
+    body, correlation = wire.decode_reply(packet.payload)
+    if correlation is None and packet.correlation is not None:
+        correlation = wire.correlation_text(packet.correlation)
     return TaskReply(reply_to=packet.topic, correlation=correlation, body=body)
 
 

@@ -51,12 +51,12 @@ __all__ = [
     "correlation_bytes",
     "correlation_text",
     "decode_json",
+    "decode_reply",
     "encode_json",
     "encode_reply",
     "json_schemas",
     "plain_json",
     "read_submit",
-    "reply_kind",
     "split_inventory",
     "to_plain",
 ]
@@ -184,16 +184,18 @@ def encode_reply(reply: TaskReply) -> bytes:
     return _json({**head, **to_plain(reply.body)}, name)
 
 
-def reply_kind(payload: bytes) -> type[TaskStatus] | type[TaskResult]:
-    """Which of the two a reply's JSON holds (its ``"type"``).
+def decode_reply(payload: bytes) -> tuple[TaskStatus | TaskResult, str | None]:
+    """A reply's body and the correlation in it.
 
     Raises:
-        DecodeError: Neither, or no JSON object.
+        DecodeError: It is neither a status nor a result.
     """
-    name = _json_object(payload).get("type")
+    plain = _json_object(payload)
+    name, correlation = plain.get("type"), plain.get("correlation")
     for kind in (TaskStatus, TaskResult):
         if name == kind.__name__:
-            return kind
+            body = cast(TaskStatus | TaskResult, _shape(plain, kind))
+            return body, correlation if isinstance(correlation, str) else None
     raise DecodeError(f"a reply is a TaskStatus or a TaskResult, got type {str(name)[:80]!r}")
 
 
