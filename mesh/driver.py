@@ -73,6 +73,10 @@ class Driver:
         """
         self._inputs.put_nowait(fact)
 
+    async def settled(self) -> None:
+        """Wait until the cores have taken everything learned so far, and its effects are carried out."""
+        await self._inputs.join()
+
     async def run(self) -> None:
         """Run until cancelled, or until a core or the bus raises."""
         async with asyncio.TaskGroup() as group:
@@ -85,7 +89,10 @@ class Driver:
 
     async def _take_turns(self) -> None:
         while True:
-            await self._carry_out(self._step(await self._next_inputs()))
+            inputs = await self._next_inputs()
+            await self._carry_out(self._step(inputs))
+            for _ in inputs:
+                self._inputs.task_done()
 
     async def _next_inputs(self) -> list[Heard | Fact]:
         """Wait for the first input or for the cores' own time, then take all that is there."""
