@@ -235,7 +235,7 @@ class Election:
             return []
         # The others may take us for the coordinator, and we are not: nobody need wait for the ttl.
         self._hurry(now + self._backoff_s())
-        return self._fence.raise_to(record.epoch)
+        return self._fence.raise_to(promise_of(record.epoch.term))  # not the epoch: it may not be granted
 
     def _on_claim(self, record: LeaseRecord, now: float) -> list[Effect]:
         seen = self._fence.seen
