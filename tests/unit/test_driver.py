@@ -1,0 +1,129 @@
+"""``mesh.driver``: the promises it makes to the cores it hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from mesh.bus import Heard
+from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
+from mesh.driver import Driver
+from mesh.ids import NodeId
+
+
+class World:
+    """A bus, a journal and a shell in one: everything that reaches the outside is one ordered list."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[object] = asyncio.Queue()
+        self.outside: list[object] = []
+        self.n_commits = 0
+        self._staged: list[object] = []
+
+    async def next(self) -> object:
+        return await self.inbox.get()
+
+    def publish(self, message: object, to: NodeId | None = None) -> None:
+        self.outside.append(("sent", message))
+
+    def save(self, key: str, record: object) -> None:
+        self._staged.append(("saved", key))
+
+    def commit(self) -> None:
+        self.n_commits += 1
+        self.outside += self._staged
+        self._staged = []
+
+    def on_fact(self, fact: object) -> None:
+        self.outside.append(("fact", fact))
+
+
+class Script:
+    """A core that does what the test says."""
+
+    def __init__(self, on_message: Callable[[object], list[Effect]], wake_at: float = FOREVER) -> None:
+        self.on_message = on_message
+        self.wake_at = wake_at
+        self.calls: list[object] = []
+
+    def receive(self, message: object, sender: NodeId, now: float) -> list[Effect]:
+        self.calls.append(message)
+        return self.on_message(message)
+
+    def learn(self, fact: object, now: float) -> list[Effect]:
+        return self.receive(fact, NodeId("shell"), now)
+
+    def tick(self, now: float) -> list[Effect]:
+        self.calls.append("tick")
+        self.wake_at = FOREVER
+        return []
+
+
+@contextlib.asynccontextmanager
+async def driving(core: Script, world: World, now: Callable[[], float] | None = None) -> AsyncIterator[Driver]:
+    kwargs = {"now": now} if now else {}
+    driver = Driver(core=core, bus=world, journal=world, on_fact=world.on_fact, **kwargs)  # type: ignore[arg-type]
+    task = asyncio.create_task(driver.run())
+    try:
+        yield driver
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def heard(message: object) -> Heard:
+    return Heard(message=message, sender=NodeId("peer"))
+
+
+async def test_a_save_is_durable_before_anything_is_sent() -> None:
+    world = World()
+    core = Script(lambda m: [Save("ballot", m), Broadcast("claim"), Notify("done")])
+    async with driving(core, world) as driver:
+        driver.learn("go")
+        await driver.settled()
+    assert world.outside == [("fact", "go"), ("saved", "ballot"), ("sent", "claim"), ("fact", "done")]
+
+
+async def test_a_burst_of_messages_shares_one_commit() -> None:
+    world = World()
+    core = Script(lambda m: [Save(f"task/{m}", m), Broadcast(m)])
+    driver = Driver(core=core, bus=world, journal=world, on_fact=world.on_fact)  # type: ignore[arg-type]
+    for k in range(40):
+        driver.learn(k)
+    task = asyncio.create_task(driver.run())
+    await driver.settled()
+    task.cancel()
+    assert world.n_commits == 1
+    sent = [entry for entry in world.outside if entry[0] == "sent"]  # type: ignore[index]
+    assert sent == [("sent", k) for k in range(40)]
+
+
+async def test_time_that_has_passed_is_told_before_the_message_that_came_late() -> None:
+    """A process that was stopped for ten seconds learns first that its lease is over."""
+    clock = [0.0]
+    world = World()
+    core = Script(lambda m: [], wake_at=5.0)
+    clock[0] = 15.0
+    async with driving(core, world, lambda: clock[0]) as driver:
+        await world.inbox.put(heard("assign"))
+        async with asyncio.timeout(5):
+            while "assign" not in core.calls:
+                await asyncio.sleep(0)
+        await driver.settled()
+    assert core.calls == ["tick", "assign"]
+
+
+async def test_a_core_that_raises_ends_the_driver() -> None:
+    def broken(message: object) -> list[Effect]:
+        raise RuntimeError("impossible")
+
+    world = World()
+    driver = Driver(core=Script(broken), bus=world, journal=world, on_fact=world.on_fact)  # type: ignore[arg-type]
+    driver.learn("go")
+    with pytest.raises(ExceptionGroup, match="unhandled"):
+        async with asyncio.timeout(5):
+            await driver.run()
