@@ -1,0 +1,71 @@
+"""Planted bugs. Each must turn its checker red within a few seeds, or the checker proves nothing."""
+
+from __future__ import annotations
+
+from mesh.core import Core, Effect, Fact, Message, Save
+from mesh.election import Election, Role
+from mesh.fence import FENCE_KEY, Fence
+from mesh.ids import Epoch, NodeId
+from mesh.messages import EpochHint, LeaseRecord, StaleCommand
+
+__all__ = ["DeafToHints", "EveryClaimWins", "LenientFence", "SavesLast", "forgets_the_fence"]
+
+
+def forgets_the_fence(save: Save) -> bool:
+    """A disk that loses the one number that must survive (``World.keeps``)."""
+    return save.key != FENCE_KEY
+
+
+class LenientFence(Fence):
+    """A receiver that obeys whoever speaks."""
+
+    def admits(self, epoch: Epoch) -> bool:
+        return True
+
+
+class EveryClaimWins(Election):
+    """A candidate that does not care whose claim of its term the broker ordered first."""
+
+    def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
+        if (
+            isinstance(message, LeaseRecord)
+            and self.role is Role.CANDIDATE
+            and message.epoch.node != self.me
+            and message.epoch.term == self.epoch.term
+        ):
+            return []
+        return super().receive(message, sender, now)
+
+
+class DeafToHints(Election):
+    """A coordinator that does not hear that some node has obeyed a higher epoch."""
+
+    def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
+        if isinstance(message, EpochHint | StaleCommand):
+            return []
+        return super().receive(message, sender, now)
+
+
+class SavesLast:
+    """Any core, with its effects turned round: it speaks before it has written down what it promised."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._cores = getattr(core, "_cores", (core,))
+
+    @property
+    def wake_at(self) -> float:
+        return self._core.wake_at
+
+    def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
+        return _saves_last(self._core.receive(message, sender, now))
+
+    def learn(self, fact: Fact, now: float) -> list[Effect]:
+        return _saves_last(self._core.learn(fact, now))
+
+    def tick(self, now: float) -> list[Effect]:
+        return _saves_last(self._core.tick(now))
+
+
+def _saves_last(effects: list[Effect]) -> list[Effect]:
+    return sorted(effects, key=lambda effect: isinstance(effect, Save))
