@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from mesh.core import Core, Effect, Fact, Message, Save
 from mesh.election import Election, Role
+from mesh.facts import LinkUp
 from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import Epoch, NodeId
-from mesh.messages import EpochHint, LeaseRecord, StaleCommand
+from mesh.messages import LeaseRecord
 
-__all__ = ["DeafToHints", "EveryClaimWins", "LenientFence", "SavesLast", "forgets_the_fence"]
+__all__ = ["EveryClaimWins, "LenientFence", "LinksOnce", "SavesLast", "forgets_the_fence"]
 
 
 def forgets_the_fence(save: Save) -> bool:
@@ -37,13 +38,17 @@ class EveryClaimWins(Election):
         return super().receive(message, sender, now)
 
 
-class DeafToHints(Election):
-    """A coordinator that does not hear that some node has obeyed a higher epoch."""
+class LinksOnce(Election):
+    """A node that takes notice of its first connection only."""
 
-    def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
-        if isinstance(message, EpochHint | StaleCommand):
-            return []
-        return super().receive(message, sender, now)
+    _has_linked = False
+
+    def learn(self, fact: Fact, now: float) -> list[Effect]:
+        if isinstance(fact, LinkUp):
+            if self._has_linked:
+                return []
+            self._has_linked = True
+        return super().learn(fact, now)
 
 
 class SavesLast:
