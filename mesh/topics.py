@@ -15,7 +15,7 @@ from typing import Literal
 from mesh import messages as m
 from mesh.ids import MeshName
 
-__all__ = ["BASE", "CLEARS", "TABLE", "Topic", "topic_of"]
+__all__ = ["BASE", "CLEARS", "TABLE", "Topic", "access_list", "topic_of"]
 
 BASE = "edgemesh"
 
@@ -125,3 +125,29 @@ def topic_of(message: object) -> Topic:
         KeyError: The message never travels (a programming mistake, not a remote one).
     """
     return _TOPIC_OF[type(message)]
+
+
+def access_list(mesh: MeshName) -> str:
+    """Who may do what on the mesh's own broker, in Mosquitto's format.
+
+    Clients without a certificate (the plain listener on loopback) submit, cancel, and read what is public:
+    JSON, but not what others submitted. Members, whose name is in their certificate (``%u``), speak only
+    below their own id, and hear all but other members' inboxes.
+    """
+    asked = [row for row in TABLE if row.writer == "clients"]
+    public = [row for row in TABLE if row.encoding == "json" and row not in (*asked, REPLY)]
+    shared = [row for row in TABLE if not row.pattern.startswith("node/") and row is not REPLY]
+    everywhere = f"{BASE}/{mesh}"
+    lines = [
+        "# Made from the topic table by mesh.topics. Clients without a certificate:",
+        *(f"topic write {row.filter(mesh)}" for row in asked),
+        *(f"topic read {row.filter(mesh)}" for row in public),
+        f"topic read {everywhere}/client/#",
+        "# Members of the mesh, by the name in their certificate:",
+        f"pattern write {everywhere}/node/%u/#",
+        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS)),
+        f"pattern read {INBOX.filter(mesh, to='%u')}",
+        *(f"pattern readwrite {row.filter(mesh)}" for row in shared),
+        f"pattern readwrite {everywhere}/client/#",
+    ]
+    return "".join(f"{line}\n" for line in lines)
