@@ -97,7 +97,6 @@ class PeerServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
-            keepalive_timeout=IDLE_TIMEOUT_S,
             max_line_size=HEADER_BYTES_MAX,
             max_field_size=HEADER_BYTES_MAX,
             lingering_time=1.0,
@@ -202,7 +201,8 @@ class PeerServer:
 class _Guard(asyncio.Protocol):
     """Between a connection and aiohttp's protocol: counts it, and ends it when it idles too long.
 
-    aiohttp's own idle timer does not cover everything a client can do slowly in every version we accept.
+    aiohttp's own clock starts at the first answer in some versions we accept (3.11.18 is one), so a client
+    that never completes a request would stay for ever.
     """
 
     def __init__(
