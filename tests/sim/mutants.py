@@ -9,7 +9,7 @@ from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import Epoch, NodeId
 from mesh.messages import LeaseRecord
 
-__all__ = ["EveryClaimWins, "LenientFence", "LinksOnce", "SavesLast", "forgets_the_fence"]
+__all__ = ["EveryClaimWins", "LenientFence", "LinksOnce", "SavesLast", "forgets_the_fence"]
 
 
 def forgets_the_fence(save: Save) -> bool:
