@@ -187,6 +187,21 @@ def test_hints_change_nothing_for_followers_or_when_they_are_old_or_absurd() -> 
     assert election.coordinator == ME
 
 
+def test_a_coordinator_whose_own_worker_obeys_a_higher_epoch_steps_down() -> None:
+    election = coordinator()
+    election._fence.raise_to(Epoch(2, HIGHER))
+    assert facts(election.tick(election.wake_at)) == [Deposed(Epoch(1, ME))]
+    assert election.role is Role.FOLLOWER
+
+
+def test_a_claim_overtaken_by_a_higher_epoch_is_not_granted_but_repeated_above_it() -> None:
+    election = candidate()
+    election._fence.raise_to(Epoch(5, HIGHER))
+    effects = election.receive(record("claim", 1, ME), ME, 1.1)
+    assert facts(effects) == []
+    assert Broadcast(record("claim", 6, ME)) in effects
+
+
 def test_absurd_terms_are_not_obeyed_and_the_last_term_is_not_passed() -> None:
     election = follower()
     assert election.receive(record("lease", TERM_MAX + 1, HIGHER), HIGHER, 0.1) == []
