@@ -5,6 +5,10 @@ and is taken in turns. A turn takes whatever is waiting, so many small messages 
 all ``Save``s of a turn are durable before its first ``Send`` leaves, which keeps the order promised in
 ``mesh.core`` (an earlier save is never a broken promise).
 
+While the disk takes no records (it is full, or failing) nothing leaves this node: the cores believe that
+what they saved is durable, so every word would be a promise we cannot keep. To the others it looks dead,
+and they carry on; when there is room again the staged records are written and the node speaks again.
+
 An exception in a core ends the process: a broken core must not serve.
 """
 
@@ -18,6 +22,7 @@ from typing import Protocol
 
 from mesh.bus import Bus, Heard
 from mesh.core import Broadcast, Core, Effect, Fact, Message, Notify, Save, Send
+from mesh.journal import JournalError
 
 __all__ = ["Driver", "Records"]
 
@@ -36,7 +41,10 @@ class Records(Protocol):
         """Stage one record; ``None`` erases the key."""
 
     def commit(self) -> None:
-        """Make all staged records durable. Blocks for the disk; called off the event loop."""
+        """Make all staged records durable, or raise ``JournalError`` and keep them staged.
+
+        Blocks for the disk; called off the event loop.
+        """
 
 
 class Driver:
@@ -63,6 +71,7 @@ class Driver:
         self._on_fact = on_fact
         self._on_heard = on_heard
         self._now = now
+        self._is_mute = False
         self._inputs: asyncio.Queue[Heard | Fact] = asyncio.Queue(QUEUE_MAX)
 
     def learn(self, fact: Fact) -> None:
@@ -129,15 +138,27 @@ class Driver:
         saves = [effect for effect in effects if isinstance(effect, Save)]
         for save in saves:
             self._journal.save(save.key, save.record)
-        if saves:
-            await asyncio.to_thread(self._journal.commit)
+        if saves or self._is_mute:
+            await self._commit()
         for effect in effects:
             match effect:
-                case Send(to=to, message=message):
+                case Send(to=to, message=message) if not self._is_mute:
                     self._bus.publish(message, to=to)
-                case Broadcast(message=message):
+                case Broadcast(message=message) if not self._is_mute:
                     self._bus.publish(message)
                 case Notify(fact=fact):
                     self._on_fact(fact)
-                case Save():
-                    pass  # durable above
+                case _:
+                    pass  # a save, durable above; or a message of a node that must be silent
+
+    async def _commit(self) -> None:
+        try:
+            await asyncio.to_thread(self._journal.commit)
+        except JournalError as error:  # it stays staged; the next turn tries again
+            if not self._is_mute:
+                log.error("%s; this node is silent until its disk takes records again", error)
+            self._is_mute = True
+        else:
+            if self._is_mute:
+                log.warning("the disk takes records again; this node speaks again")
+            self._is_mute = False

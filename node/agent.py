@@ -49,9 +49,10 @@ from mesh.ids import NodeId, new_boot
 from mesh.interfaces import local_addresses
 from mesh.journal import Journal
 from mesh.messages import NodeInfo, NodeReport, NodeState, PeerHello
+from mesh.messages.node import ADDRESSES_MAX
 from mesh.mqtt import MqttBus
 from mesh.packets import node_filters
-from mesh.streams import PeerClient, PeerServer
+from mesh.streams import DEFAULT_PORT, PeerClient, PeerServer
 from mesh.topics import STATUS, access_list
 from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
 from node import __version__
@@ -113,9 +114,9 @@ class Agent:
         identity = slot.identity(key)
         self._server = PeerServer(
             identity.server_context(),
-            hosts=_listen_hosts(settings.interfaces),
-            port=settings.port,
-            hello=self._hello,
+            self._hello,
+            hosts=local_addresses(settings.interfaces) if settings.interfaces else None,
+            port=settings.port or DEFAULT_PORT,
         )
         self._client = PeerClient(identity.client_context())
         self._info = NodeInfo(
@@ -163,7 +164,7 @@ class Agent:
             settings=BrokerSettings(
                 mesh=settings.mesh,
                 identity=identity,
-                addresses=_listen_hosts(settings.interfaces),
+                addresses=tuple(local_addresses(settings.interfaces)) if settings.interfaces else ("0.0.0.0",),
                 port=0,
                 plain_port=settings.plain_port if settings.plain else None,
                 directory=slot.path / "broker",
@@ -212,39 +213,37 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
-        await self._server.start()
-        self._info = replace(
-            self._info, port=self._server.port, addresses=list(local_addresses(self._settings.interfaces))[:16]
-        )
-        self._driver.learn(OwnInfo(self._info))
         try:
-            async with (
-                Discovery(self._advert(), self._settings.interfaces) as self._discovery,
-                asyncio.TaskGroup() as group,
-            ):
-                tasks = [
-                    group.create_task(self._driver.run(), name="driver"),
-                    group.create_task(self.bus.run(), name="bus"),
-                    group.create_task(self._peers.run(), name="peers"),
-                    group.create_task(self._watch_discovery(), name="discovery"),
-                    group.create_task(self._announce(), name="announce"),
-                    group.create_task(self._report(), name="report"),
-                ]
-                broker = group.create_task(self._broker_host.run(), name="broker_host")
-                if self._worker is not None:
-                    tasks.append(group.create_task(self._worker.run(), name="worker"))
-                if screen is not None:
-                    screen(self).add_done_callback(lambda done: self.stop())
-                await self._stop.wait()
-                await self._say_goodbye()
-                for task in [*tasks, broker]:
-                    task.cancel()
+            async with self._server, self._client:
+                addresses = list(local_addresses(self._settings.interfaces))[:ADDRESSES_MAX]
+                self._change_info(port=self._server.port, addresses=addresses)
+                async with Discovery(self._advert(), self._settings.interfaces) as self._discovery:
+                    await self._live(screen)
         finally:
-            await self._client.close()
-            await self._server.stop()
             self._journal.close()
         say(log, "stopped", "stopped")
         return self._exit_code
+
+    async def _live(self, screen: Callable[[Agent], asyncio.Future[None]] | None) -> None:
+        """Everything that runs side by side, until ``stop``; then down in order."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._driver.run(), name="driver"),
+                group.create_task(self.bus.run(), name="bus"),
+                group.create_task(self._peers.run(), name="peers"),
+                group.create_task(self._watch_discovery(), name="discovery"),
+                group.create_task(self._announce(), name="announce"),
+                group.create_task(self._report(), name="report"),
+            ]
+            broker = group.create_task(self._broker_host.run(), name="broker_host")
+            if self._worker is not None:
+                tasks.append(group.create_task(self._worker.run(), name="worker"))
+            if screen is not None:
+                screen(self).add_done_callback(lambda done: self.stop())
+            await self._stop.wait()
+            await self._say_goodbye()
+            for task in [*tasks, broker]:
+                task.cancel()
 
     async def _say_goodbye(self) -> None:
         """Hand back what runs, resign, announce ``left``; each step may fail without keeping the process."""
@@ -438,8 +437,3 @@ class Agent:
         if not self._worker.is_ready:
             return self._worker.activity
         return f"{running} task{'s' if running != 1 else ''}" if running else "idle"
-
-
-def _listen_hosts(interfaces: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Where servers of this node listen: everywhere, or only on what the operator named."""
-    return tuple(local_addresses(interfaces)) if interfaces else ("0.0.0.0", "::")

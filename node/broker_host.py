@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 from mesh.broker import BrokerSettings, RunningBroker, start_broker
 from mesh.core import Fact
@@ -16,6 +18,8 @@ from node.logs import say
 __all__ = ["BrokerHost"]
 
 log = logging.getLogger(__name__)
+
+MQTT_PORT = 1883  # what mosquitto_pub uses unless told otherwise
 
 
 class BrokerHost:
@@ -69,8 +73,11 @@ class BrokerHost:
             await self._stop_now()
 
     async def _start_now(self, epoch: int) -> bool:
+        settings = self._settings
+        if settings.plain_port == 0 and _is_free(MQTT_PORT):
+            settings = replace(settings, plain_port=MQTT_PORT)
         try:
-            self._broker = await start_broker(self._settings)
+            self._broker = await start_broker(settings)
         except (EdgemeshError, OSError) as error:
             say(log, "broker_failed", f"cannot host the broker: {error}", logging.WARNING)
             self._learn(BrokerFailed(str(error)))
@@ -99,3 +106,13 @@ class BrokerHost:
         broker, self._broker = self._broker, None
         if broker is not None:
             await broker.stop()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

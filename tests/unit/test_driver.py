@@ -12,6 +12,7 @@ from mesh.bus import Heard
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
 from mesh.driver import Driver
 from mesh.ids import NodeId
+from mesh.journal import JournalError
 
 
 class World:
@@ -100,6 +101,27 @@ async def test_a_burst_of_messages_shares_one_commit() -> None:
     assert world.n_commits == 1
     sent = [entry for entry in world.outside if entry[0] == "sent"]  # type: ignore[index]
     assert sent == [("sent", k) for k in range(40)]
+
+
+async def test_a_node_whose_disk_is_full_is_silent_until_it_has_room_again() -> None:
+    world = World()
+    core = Script(lambda m: [Save(f"task/{m}", m), Broadcast(m)] if m == "hold" else [Broadcast(m)])
+    durable_commit = world.commit
+
+    def full() -> None:
+        raise JournalError("the disk is full")
+
+    async with driving(core, world) as driver:
+        world.commit = full  # type: ignore[method-assign]
+        driver.learn("hold")
+        await driver.settled()
+        driver.learn("beat")
+        await driver.settled()
+        assert [entry for entry in world.outside if entry[0] == "sent"] == []  # type: ignore[index]
+        world.commit = durable_commit  # type: ignore[method-assign]
+        driver.learn("beat")
+        await driver.settled()
+    assert world.outside[-2:] == [("saved", "task/hold"), ("sent", "beat")]
 
 
 async def test_time_that_has_passed_is_told_before_the_message_that_came_late() -> None:
