@@ -2,7 +2,7 @@
 
 A task's way through the mesh (``h`` = durable there before the next arrow):
 
-    client ──Submit──▶ coordinator h ──Hold──▶ holder h ──Held──▶ coordinator ──TaskStatus(queued)──▶ client
+    client ──Submit──▶ coordinator ──Hold──▶ holder h ──Held──▶ coordinator h ──TaskStatus(queued)──▶ client
     coordinator ──Assign──▶ worker ──TaskTokens──▶ client
     worker h ──AttemptEnded──▶ coordinator h ──TaskResult──▶ client, ──Hold(outcome)──▶ holder h
     coordinator ──OutcomeTaken──▶ worker
@@ -275,10 +275,16 @@ class TaskRecord:
     outcome: Outcome | None
     epoch: Epoch
     """Of the coordinator that last wrote the record."""
+    age_s: float = 0.0
+    """Seconds since the task was accepted, when this was written; a restart counts on from here."""
+    settled_s: float = 0.0
+    """Seconds since the outcome was settled, when this was written; 0 while open."""
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
         check_seconds("budget_s", self.budget_s)
+        check_seconds("age_s", self.age_s)
+        check_seconds("settled_s", self.settled_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +323,8 @@ class Recall:
     """A new coordinator asks a node for every record it holds and every attempt it runs."""
 
     epoch: Epoch
+    round: int = 0
+    """Comes back in the answer: parts of two answers do not make a whole one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +336,10 @@ class Inventory:
     running: list[AttemptId]
     ended: list[AttemptEnded]
     is_last: bool
+    round: int = 0
+    """Of the ``Recall`` this answers."""
+    part: int = 0
+    """Counts from 0, so that a lost part is noticed and the node is asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,11 +351,15 @@ class Assign:
     attempt: int
     submit: Submit
     budget_s: float | None
+    queue_s: float = 0.0
+    """How long the task waited before this; the worker puts it into the outcome, which is then complete
+    whoever settles it."""
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
         check_count("attempt", self.attempt, 1000, least=1)
         check_seconds("budget_s", self.budget_s)
+        check_seconds("queue_s", self.queue_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

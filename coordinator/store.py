@@ -1,0 +1,173 @@
+"""What this node has on disk about tasks, whoever coordinates.
+
+One store per node, shared by its scheduler, holder and worker cores. Journal keys:
+
+    task/<id>             TaskRecord     mine as coordinator, or held for one
+    attempt/<task>/<n>    AttemptEnded   an outcome of my own that no coordinator has taken yet
+
+``put`` is a join: a settled record is never replaced by an open one, and of two outcomes the one of
+lower rank stays (see ``coordinator.task``). So repeated and reordered copies do no harm, and all nodes
+come to the same record. Settled records are kept for a bounded time, then only their *tombstone*: enough
+to answer a late repetition and to settle the copy of a node that was away.
+
+Tombstones are in memory: after a restart, a task settled more than ``settled_keep_s`` ago is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coordinator.task import aged, outcome_rank
+from mesh.core import FOREVER, Effect, Message, Save
+from mesh.ids import Epoch, TaskId
+from mesh.messages import AttemptEnded, AttemptId, TaskRecord, TaskState
+
+__all__ = ["RecordStore", "StoreConfig", "Tombstone", "attempt_key", "task_key"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    settled_keep_s: float = 600.0
+    """How long an answer can be asked for again, and a returning node be told of it."""
+    settled_max: int = 4096
+    """At 8 KiB an answer, 32 MiB; the oldest go first."""
+    open_max: int = 20_000
+    """Twice what one coordinator admits: its own and those held for one before it."""
+    ended_max: int = 1024
+    """Outcomes no coordinator has taken: what one worker makes in ten minutes at two a second."""
+    tombstones_max: int = 100_000
+    """About 200 bytes each: 20 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """All that is left of a task settled long ago."""
+
+    digest: str
+    state: TaskState
+    epoch: Epoch
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    record: TaskRecord
+    at: float
+    """When it was written, on this process's clock."""
+
+
+def task_key(task: TaskId) -> str:
+    return f"task/{task}"
+
+
+def attempt_key(task: TaskId, attempt: int) -> str:
+    return f"attempt/{task}/{attempt}"
+
+
+class RecordStore:
+    """The node's durable knowledge of tasks, and which attempts it runs now."""
+
+    def __init__(
+        self, *, now: float, journal: Mapping[str, Message] | None = None, config: StoreConfig | None = None
+    ) -> None:
+        self._config = config or StoreConfig()
+        self._open: dict[TaskId, _Stored] = {}
+        self._settled: dict[TaskId, _Stored] = {}  # in order of settling: dicts keep it
+        self._tombstones: dict[TaskId, Tombstone] = {}
+        self.ended: dict[tuple[TaskId, int], AttemptEnded] = {}
+        """Own outcomes not yet taken by a coordinator."""
+        self.running: dict[TaskId, AttemptId] = {}
+        """Own attempts in progress, kept by the worker core; lost with the process."""
+        for _, message in sorted((journal or {}).items()):
+            match message:
+                case TaskRecord():
+                    kept = self._open if message.outcome is None else self._settled
+                    kept[message.task] = _Stored(message, now)
+                case AttemptEnded():
+                    self.ended[message.task, message.attempt] = message
+                case _:
+                    pass
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._settled)
+
+    def get(self, task: TaskId, now: float) -> TaskRecord | None:
+        """The record as of ``now``: its remaining time has gone on running here."""
+        stored = self._open.get(task) or self._settled.get(task)
+        return aged(stored.record, max(0.0, now - stored.at)) if stored else None
+
+    def records(self, now: float) -> list[TaskRecord]:
+        """All records as of ``now``: the open ones first, then the settled, latest first."""
+        kept = [*self._open.values(), *reversed(self._settled.values())]
+        return [aged(stored.record, max(0.0, now - stored.at)) for stored in kept]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more open record may be kept."""
+        return len(self._open) < self._config.open_max
+
+    def tombstone(self, task: TaskId) -> Tombstone | None:
+        return self._tombstones.get(task)
+
+    def put(self, record: TaskRecord, now: float) -> list[Effect]:
+        """Keep the record unless a better one is here; ``[]`` means nothing changed, or no room."""
+        settled = self._settled.get(record.task)
+        if record.outcome is None:
+            if settled is not None or not (record.task in self._open or self.has_room):
+                return []
+            self._tombstones.pop(record.task, None)  # its coordinator knows better than an old memory
+            self._open[record.task] = _Stored(record, now)
+            return [Save(task_key(record.task), record)]
+        if settled is not None and settled.record.outcome is not None:
+            if outcome_rank(settled.record.outcome) <= outcome_rank(record.outcome):
+                return []
+            del self._settled[record.task]
+        self._tombstones.pop(record.task, None)
+        self._open.pop(record.task, None)
+        self._settled[record.task] = _Stored(record, now)
+        effects: list[Effect] = [Save(task_key(record.task), record)]
+        while len(self._settled) > self._config.settled_max:
+            effects += self.bury(next(iter(self._settled)))
+        return effects
+
+    def bury(self, task: TaskId) -> list[Effect]:
+        """Erase a settled record; its tombstone stays."""
+        stored = self._settled.pop(task, None)
+        if stored is None or stored.record.outcome is None:
+            return []
+        outcome = stored.record.outcome
+        self._tombstones[task] = Tombstone(
+            stored.record.digest, outcome.state, outcome.epoch, outcome.attempt
+        )
+        while len(self._tombstones) > self._config.tombstones_max:
+            del self._tombstones[next(iter(self._tombstones))]
+        return [Save(task_key(task), None)]
+
+    @property
+    def bury_at(self) -> float:
+        """When the oldest settled record is due; ``FOREVER`` without one."""
+        oldest = next(iter(self._settled.values()), None)
+        return oldest.at + self._config.settled_keep_s if oldest else FOREVER
+
+    def bury_due(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        while self.bury_at <= now:
+            effects += self.bury(next(iter(self._settled)))
+        return effects
+
+    def end(self, ended: AttemptEnded) -> list[Effect]:
+        """An attempt of this node is over: durable before anybody hears of it."""
+        self.running.pop(ended.task, None)
+        self.ended[ended.task, ended.attempt] = ended
+        effects: list[Effect] = [Save(attempt_key(ended.task, ended.attempt), ended)]
+        while len(self.ended) > self._config.ended_max:
+            task, attempt = next(iter(self.ended))
+            effects += self.take(task, attempt)
+        return effects
+
+    def take(self, task: TaskId, attempt: int) -> list[Effect]:
+        """A coordinator has the outcome in safety: forget the attempt's own record."""
+        if self.ended.pop((task, attempt), None) is None:
+            return []
+        return [Save(attempt_key(task, attempt), None)]

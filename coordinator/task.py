@@ -1,0 +1,292 @@
+"""What a task is to its coordinator, and the only moves it may make.
+
+             ┌────────── refused, lost, engine failed: next attempt ──────────┐
+             ▼                                                                │
+    ──▶ queued ──Assign──▶ assigned ──AttemptsRunning──▶ running ─────────────┤
+          │                   │                             │                 │
+          └───────────────────┴───── done · failed · rejected · expired · cancelled   (final)
+
+Every move goes through ``Task.move``, which asserts ``TRANSITIONS``: a terminal state has no way out,
+which is half of "exactly one terminal state". The other half is ``outcome_rank``: where two parts of a
+split mesh settled one task differently, every node keeps the outcome of lowest rank, so all of them end
+with the same one in whatever order they hear of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+from mesh.core import FOREVER
+from mesh.ids import EPOCH_ZERO, Epoch, NodeId, TaskId
+from mesh.messages import Outcome, Submit, TaskRecord, TaskResult, TaskState, TaskStatus
+
+__all__ = [
+    "TERMINAL_STATES",
+    "TRANSITIONS",
+    "Task",
+    "aged",
+    "digest_of",
+    "outcome_rank",
+    "record_of",
+    "result_of",
+    "status_of",
+    "task_from",
+]
+
+_FINAL: Final = frozenset[TaskState]({"done", "failed", "rejected", "expired", "cancelled"})
+TERMINAL_STATES = _FINAL
+
+TRANSITIONS: Final[dict[TaskState, frozenset[TaskState]]] = {
+    # queued -> running: a new coordinator finds the attempt running. queued -> done: the outcome of an
+    # attempt that was given up arrives after all; the first terminal state wins.
+    "queued": frozenset[TaskState]({"assigned", "running"}) | _FINAL,
+    # assigned -> assigned: a silent worker is asked again, under the next attempt number.
+    "assigned": frozenset[TaskState]({"queued", "assigned", "running"}) | _FINAL,
+    "running": frozenset[TaskState]({"queued", "assigned", "running"}) | _FINAL,
+    "done": frozenset(),
+    "failed": frozenset(),
+    "rejected": frozenset(),
+    "expired": frozenset(),
+    "cancelled": frozenset(),
+}
+
+# How a client may be reached and what it calls the task say nothing about the work.
+_NOT_BODY = frozenset({"id", "reply_to", "correlation"})
+
+
+def digest_of(submit: Submit) -> str:
+    """SHA-256 of the body: equal digests are the same work. Field order is the class's own.
+
+    >>> digest_of(Submit(prompt="hi", reply_to="a")) == digest_of(Submit(prompt="hi"))
+    True
+    """
+    body = [
+        (name, getattr(submit, name)) for name in (f.name for f in fields(submit)) if name not in _NOT_BODY
+    ]
+    # repr of str, int, float, bool, None and lists of those (and of ChatMessage) is injective and stable.
+    return hashlib.sha256(repr(body).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# An answer is worth more to everybody than any reason there is none.
+_STATE_RANK: Final[dict[TaskState, int]] = {
+    "done": 0,
+    "failed": 1,
+    "rejected": 2,
+    "cancelled": 3,
+    "expired": 4,
+}
+
+
+def outcome_rank(outcome: Outcome) -> tuple[Epoch, int, int, str, str]:
+    """The total order by which two settlements of one task become one: the lowest wins.
+
+    The earlier epoch comes first, because its coordinator was there first. Equal ranks are one outcome.
+    """
+    text = hashlib.sha256(outcome.text.encode("utf-8", "surrogatepass")).hexdigest()
+    return outcome.epoch, outcome.attempt, _STATE_RANK[outcome.state], outcome.node or "", text
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """One task in the coordinator's ledger. Times are on the coordinator's own monotonic clock."""
+
+    id: TaskId
+    submit: Submit
+    digest: str
+    accepted_at: float
+    deadline_at: float = FOREVER
+    state: TaskState = "queued"
+    outcome: Outcome | None = None
+    settled_at: float = FOREVER
+    is_acknowledged: bool = False
+    is_published: bool = False
+    """The result went out (or went out before this node coordinated)."""
+
+    # where it runs
+    node: NodeId | None = None
+    attempt: int = 0
+    """The highest number known; the next attempt takes the one after."""
+    attempt_number: int = 0
+    """Of the attempt it has now: lower than ``attempt`` when an older one turned out to run still."""
+    attempt_epoch: Epoch = EPOCH_ZERO
+    assigned_at: float = FOREVER
+    heard_at: float = FOREVER
+    """When the worker last said that it runs this."""
+    assign_again_at: float = FOREVER
+    asked: int = 0
+    """``Assign``s sent for this attempt."""
+    failures: int = 0
+    refusals: int = 0
+    over: list[tuple[int, Epoch]] = field(default_factory=list)
+    """Attempts known to have ended without settling the task; a late report does not revive them."""
+    avoid: dict[NodeId, float] = field(default_factory=dict)
+    """Nodes that refused or failed it, and until when not to ask them again."""
+    cancel_at: float = FOREVER
+    """When a client's wish to cancel is settled without the worker's answer."""
+    cancel_again_at: float = FOREVER
+
+    # who else has it on disk
+    copies: dict[NodeId, bool] = field(default_factory=dict)
+    """Node -> whether its copy is up to date (settled if the task is)."""
+    hold_at: float = FOREVER
+    holds_sent: int = 0
+    ended_by: dict[NodeId, int] = field(default_factory=dict)
+    """Workers whose ``AttemptEnded`` waits for ``OutcomeTaken``."""
+    is_witnessed: bool = False
+    """A worker other than this node has the outcome on disk."""
+
+    forget_at: float = FOREVER
+    """When the retained topics are cleared."""
+    replies: list[tuple[str, str | None]] = field(default_factory=list)
+    """Topics of clients that want acknowledgement and result, with their correlation."""
+    due_at: float = FOREVER
+    """The earliest time this task is on the scheduler's list to look at."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.outcome is None
+
+    @property
+    def is_cancelling(self) -> bool:
+        return self.cancel_at != FOREVER
+
+    def budget_s(self, now: float) -> float | None:
+        """Seconds left to the deadline, at least 0; ``None`` without one."""
+        return None if self.deadline_at == FOREVER else max(0.0, self.deadline_at - now)
+
+    def queue_s(self, now: float) -> float:
+        """Seconds it waited for the attempt it has, or waits until now."""
+        return max(0.0, min(self.assigned_at, now) - self.accepted_at)
+
+    def move(self, state: TaskState) -> None:
+        """The only place a task's state changes."""
+        assert state in TRANSITIONS[self.state], f"task {self.id} may not go from {self.state} to {state}"
+        self.state = state
+
+    def assign(self, node: NodeId, attempt: int, epoch: Epoch, now: float) -> None:
+        self.move("assigned")
+        self.node, self.attempt, self.attempt_epoch = node, attempt, epoch
+        self.attempt_number = attempt
+        self.assigned_at = now
+        self.heard_at = FOREVER
+        self.asked = 0
+
+    def run(self, node: NodeId, attempt: int, epoch: Epoch, now: float) -> None:
+        """The worker says it runs this attempt, which may be one an earlier coordinator assigned."""
+        self.move("running")
+        self.node, self.attempt, self.attempt_epoch = node, max(attempt, self.attempt), epoch
+        self.attempt_number = attempt
+        self.assigned_at = min(self.assigned_at, now)
+        self.heard_at = now
+        self.assign_again_at = FOREVER
+
+    def requeue(self) -> None:
+        """Give up the attempt; the task waits for the next one."""
+        self.over = [
+            *self.over[-15:],
+            (self.attempt_number, self.attempt_epoch),
+        ]  # 8 failures and some refusals
+        self.move("queued")
+        self.node = None
+        self.assigned_at = self.heard_at = self.assign_again_at = FOREVER
+
+    def settle(self, outcome: Outcome, now: float) -> None:
+        assert self.outcome is None, f"task {self.id} is settled once"
+        self.move(outcome.state)
+        self.outcome = outcome
+        self.settled_at = now
+        self.copies = dict.fromkeys(self.copies, False)
+        self.assign_again_at = self.heard_at = self.cancel_again_at = FOREVER
+
+    def resettle(self, outcome: Outcome) -> None:
+        """Another part of a split mesh settled the task first; its outcome counts for all."""
+        assert self.outcome is not None and outcome_rank(outcome) < outcome_rank(self.outcome)
+        self.state = outcome.state
+        self.outcome = outcome
+        self.copies = dict.fromkeys(self.copies, False)
+
+
+def task_from(record: TaskRecord, now: float) -> Task:
+    """The task of a record that was durable somewhere, as far as the record tells."""
+    task = Task(
+        id=record.task,
+        submit=record.submit,
+        digest=record.digest,
+        accepted_at=now - record.age_s,
+        deadline_at=FOREVER if record.budget_s is None else now + record.budget_s,
+        is_acknowledged=True,  # perhaps it was: an acknowledged task must never be taken for another
+    )
+    if record.submit.reply_to is not None:
+        task.replies.append((record.submit.reply_to, record.submit.correlation))
+    if record.outcome is not None:
+        task.settle(record.outcome, now - record.settled_s)
+        task.attempt = task.attempt_number = record.outcome.attempt
+        task.attempt_epoch = record.outcome.epoch
+        task.node = record.outcome.node
+    return task
+
+
+def record_of(task: Task, epoch: Epoch, now: float) -> TaskRecord:
+    return TaskRecord(
+        task=task.id,
+        submit=task.submit,
+        digest=task.digest,
+        budget_s=task.budget_s(now),
+        outcome=task.outcome,
+        epoch=epoch,
+        age_s=max(0.0, now - task.accepted_at),
+        settled_s=0.0 if task.is_open else max(0.0, now - task.settled_at),
+    )
+
+
+def aged(record: TaskRecord, by_s: float) -> TaskRecord:
+    """The record as it would be written ``by_s`` seconds later: remaining time is what travels."""
+    return TaskRecord(
+        task=record.task,
+        submit=record.submit,
+        digest=record.digest,
+        budget_s=None if record.budget_s is None else max(0.0, record.budget_s - by_s),
+        outcome=record.outcome,
+        epoch=record.epoch,
+        age_s=record.age_s + by_s,
+        settled_s=0.0 if record.outcome is None else record.settled_s + by_s,
+    )
+
+
+def status_of(task: Task, epoch: Epoch, now: float) -> TaskStatus:
+    """What clients see. ``epoch`` is the publishing coordinator's."""
+    return TaskStatus(
+        task=task.id,
+        state=task.state,
+        reason=task.outcome.reason if task.outcome else None,
+        node=task.outcome.node if task.outcome else task.node,
+        attempt=task.outcome.attempt if task.outcome else task.attempt_number,
+        epoch=epoch,
+        durable_on=1 + len(task.copies),
+        kind=task.submit.kind,
+        value=task.submit.value,
+        budget_s=task.budget_s(now),
+    )
+
+
+def result_of(task: Task) -> TaskResult:
+    """A function of the outcome alone: two coordinators that publish it say the same, byte for byte."""
+    outcome = task.outcome
+    assert outcome is not None, f"task {task.id} has no result yet"
+    return TaskResult(
+        task=task.id,
+        state=outcome.state,
+        text=outcome.text,
+        finish_reason=outcome.finish_reason,
+        reason=outcome.reason,
+        node=outcome.node,
+        attempt=outcome.attempt,
+        epoch=outcome.epoch,
+        n_prompt_tokens=outcome.n_prompt_tokens,
+        n_tokens=outcome.n_tokens,
+        queue_s=outcome.queue_s,
+        ttft_s=outcome.ttft_s,
+        service_s=outcome.service_s,
+    )
