@@ -12,9 +12,9 @@ from coordinator.facts import StartAttempt
 from mesh.core import Save, Send
 from mesh.facts import Deposed, Elected, Followed, LinkUp
 from mesh.fence import FENCE_KEY
-from mesh.ids import EPOCH_ZERO, Epoch
-from mesh.messages import Held, LeaseRecord
-from tests.sim.history import History
+from mesh.ids import EPOCH_ZERO, Epoch, TaskId
+from mesh.messages import Assign, Held, LeaseRecord, Outcome, TaskRecord, TaskResult
+from tests.sim.history import ClientHeard, History
 
 __all__ = [
     "commands_obeyed_in_order",
@@ -115,6 +115,85 @@ def commands_obeyed_in_order(history: History) -> list[str]:
             epoch = what.epoch
         if epoch is not None and epoch > highest.get(entry.node, EPOCH_ZERO):
             highest[entry.node] = epoch
+    return bad
+
+
+def acknowledged(history: History) -> dict[TaskId, float]:
+    """When a client first read that the mesh has its task."""
+    tasks: dict[TaskId, float] = {}
+    for entry in history:
+        if isinstance(entry.what, ClientHeard):
+            said = entry.what.message
+            if said.state not in ("rejected",):
+                tasks.setdefault(said.task, entry.at)
+    return tasks
+
+
+def results_heard(history: History) -> dict[TaskId, list[TaskResult]]:
+    """The different results clients read of each task, in order."""
+    results: dict[TaskId, list[TaskResult]] = {}
+    for entry in history:
+        if isinstance(entry.what, ClientHeard) and isinstance(entry.what.message, TaskResult):
+            heard = results.setdefault(entry.what.message.task, [])
+            if entry.what.message not in heard:
+                heard.append(entry.what.message)
+    return results
+
+
+def every_acknowledged_task_has_a_result(history: History) -> list[str]:
+    """To be asked after healing."""
+    results = results_heard(history)
+    return [
+        f"{task} was acknowledged at {at:.3f} and has no result"
+        for task, at in acknowledged(history).items()
+        if task not in results
+    ]
+
+
+def one_result_per_task(history: History) -> list[str]:
+    """Promised where at most one node was down, stopped or cut off at a time."""
+    return [
+        f"{task} has {len(heard)} results: {heard}"
+        for task, heard in results_heard(history).items()
+        if len(heard) > 1
+    ]
+
+
+def disks_agree(disks: dict[str, dict[str, Any]]) -> list[str]:
+    """To be asked after healing: all nodes that know a task know it ended, and the same end."""
+    ends: dict[TaskId, dict[str, Outcome | None]] = {}
+    for node, disk in disks.items():
+        for record in disk.values():
+            if isinstance(record, TaskRecord):
+                ends.setdefault(record.task, {})[node] = record.outcome
+    return [
+        f"{task}: {known}"
+        for task, known in ends.items()
+        if None in known.values() or any(end != next(iter(known.values())) for end in known.values())
+    ]
+
+
+def settled_stays_settled(history: History) -> list[str]:
+    """A coordinator assigns no task that it settled; a disk never forgets an end for an open record.
+
+    An assignment of a task whose deadline has passed is a violation, too.
+    """
+    ended: dict[tuple[str, str, TaskId], float] = {}
+    on_disk: dict[tuple[str, TaskId], bool] = {}
+    bad = []
+    for at, node, boot, _, what in history:
+        if isinstance(what, Save) and isinstance(what.record, TaskRecord):
+            task = what.record.task
+            if what.record.outcome is not None:
+                ended[node, boot, task] = at
+                on_disk[node, task] = True
+            elif on_disk.get((node, task)):
+                bad.append(f"{at:.3f}: {node} saved {task} as open after its end")
+        elif isinstance(what, Send) and isinstance(what.message, Assign):
+            if (node, boot, what.message.task) in ended:
+                bad.append(f"{at:.3f}: {node} assigned {what.message.task} after it settled it")
+            if what.message.budget_s is not None and what.message.budget_s <= 0:
+                bad.append(f"{at:.3f}: {node} assigned {what.message.task} after its deadline")
     return bad
 
 

@@ -44,8 +44,9 @@ class Parrot:
             Send(NodeId("node-0"), EpochHint(seen=epoch)),
         ]
 
-    def will(self) -> NodeState:
-        return NodeState(node=self.me, state="offline", incarnation=1, boot=self.boot)
+    @property
+    def state(self) -> NodeState:
+        return NodeState(node=self.me, state="online", incarnation=1, boot=self.boot)
 
 
 def _parrots(seed: int, n_nodes: int = 3, **changes: object) -> World:

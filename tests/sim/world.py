@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
 
@@ -471,11 +471,11 @@ def _key_of(message: Message) -> Hashable:
 
 
 def will_of(core: Core) -> NodeState | None:
-    """The last will a node's bus registers: what its membership core says."""
+    """The last will a node's bus registers: what its membership core says of itself, but offline."""
     for part in getattr(core, "_cores", (core,)):
-        will = getattr(part, "will", None)
-        if will is not None:
-            return will() if callable(will) else will
+        state = getattr(part, "state", None)
+        if isinstance(state, NodeState):
+            return replace(state, state="offline")
     return None
 
 
