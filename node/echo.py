@@ -1,0 +1,158 @@
+"""The built-in model ``echo``: gives the prompt's words back. It needs no weights and loads at once.
+
+For trying out a mesh before any model is on it, and for tests and benchmarks of everything around the
+model. ``echo`` answers as fast as it can, ``echo:20`` with 20 words per second. A word and the spaces
+after it are its token.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh.errors import ConfigError
+from mesh.messages import Submit
+from node.compute_messages import Ended, Generate, Stop, Text
+from node.engine import Event, refusal, refused
+
+__all__ = ["EchoEngine", "echo_rate"]
+
+CONTEXT_WORDS = 4096
+SLOTS = 4
+
+_WORD = re.compile(r"\s*\S+\s*")
+
+
+def echo_rate(name: str) -> float | None:
+    """Words per second that ``echo`` or ``echo:RATE`` asks for; ``None`` = as fast as it goes.
+
+    Raises:
+        ConfigError: The rate is no positive number.
+    """
+    _, separator, rate = name.partition(":")
+    if not separator:
+        return None
+    try:
+        words_per_s = float(rate)
+    except ValueError:
+        words_per_s = 0.0
+    if not 0 < words_per_s <= 1e6:
+        raise ConfigError(f"model {name!r}: after 'echo:' comes a number of words per second, as in echo:20")
+    return words_per_s
+
+
+@dataclass(slots=True)
+class _Attempt:
+    generate: Generate
+    words: list[str]
+    n_prompt: int
+    started_at: float
+    due_at: float
+    is_cut: bool
+    """The answer has fewer words than the prompt, because of ``max_tokens``."""
+    n_given: int = 0
+    ttft_s: float | None = None
+
+
+class EchoEngine:
+    """See ``node.engine.Engine``."""
+
+    device = "cpu"
+    context_tokens = CONTEXT_WORDS
+    slots = SLOTS
+
+    def __init__(self, name: str = "echo", clock: Callable[[], float] = time.monotonic) -> None:
+        rate = echo_rate(name)
+        self.model = "echo"
+        self._names = ("echo", name)
+        self._interval_s = 1 / rate if rate else 0.0
+        self._clock = clock
+        self._running: dict[tuple[str, int], _Attempt] = {}
+
+    @property
+    def due_s(self) -> float | None:
+        if not self._running:
+            return None
+        return max(0.0, min(attempt.due_at for attempt in self._running.values()) - self._clock())
+
+    def start(self, generate: Generate) -> list[Event]:
+        submit, key = generate.submit, (generate.task, generate.attempt)
+        refuse = refusal(generate, self._names, slots_taken=len(self._running) >= self.slots)
+        words = _WORD.findall(_text_of(submit))
+        if refuse is None and len(words) > CONTEXT_WORDS:
+            refuse = refused(
+                generate, f"the prompt has {len(words)} words, echo takes at most {CONTEXT_WORDS}"
+            )
+        if refuse is not None:
+            return [refuse]
+        answer = _until_stop(words, submit.stop)
+        now = self._clock()
+        self._running[key] = _Attempt(
+            generate=generate,
+            words=answer[: submit.max_tokens],
+            n_prompt=len(words),
+            started_at=now,
+            due_at=now + self._interval_s,
+            is_cut=len(answer) > submit.max_tokens,
+        )
+        return []
+
+    def stop(self, stop: Stop) -> list[Event]:
+        attempt = self._running.pop((stop.task, stop.attempt), None)
+        return [] if attempt is None else [self._ended(attempt, "cancelled", None, stop.reason)]
+
+    def step(self) -> list[Event]:
+        events: list[Event] = []
+        for key, attempt in list(self._running.items()):
+            now = self._clock()
+            if attempt.due_at > now:
+                continue
+            if attempt.n_given < len(attempt.words):
+                word = attempt.words[attempt.n_given]
+                attempt.n_given += 1
+                attempt.due_at += self._interval_s
+                if attempt.ttft_s is None:
+                    attempt.ttft_s = now - attempt.started_at
+                task, number = attempt.generate.task, attempt.generate.attempt
+                events.append(Text(task=task, attempt=number, text=word, n_tokens=1))
+            if attempt.n_given == len(attempt.words):
+                del self._running[key]
+                events.append(self._ended(attempt, "done", "length" if attempt.is_cut else "stop", None))
+        return events
+
+    def _ended(
+        self,
+        attempt: _Attempt,
+        state: Literal["done", "cancelled"],
+        finish_reason: str | None,
+        reason: str | None,
+    ) -> Ended:
+        return Ended(
+            task=attempt.generate.task,
+            attempt=attempt.generate.attempt,
+            state=state,
+            text="".join(attempt.words[: attempt.n_given]),
+            finish_reason=finish_reason,
+            reason=reason,
+            n_prompt_tokens=attempt.n_prompt,
+            n_tokens=attempt.n_given,
+            ttft_s=attempt.ttft_s,
+            service_s=self._clock() - attempt.started_at,
+        )
+
+
+def _text_of(submit: Submit) -> str:
+    """The prompt, or what the last message with content says."""
+    if submit.prompt is not None:
+        return submit.prompt
+    return next(message.content for message in reversed(submit.messages) if message.content.strip())
+
+
+def _until_stop(words: list[str], stops: list[str]) -> list[str]:
+    """The words before the first stop string."""
+    text = "".join(words)
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return _WORD.findall(text[: min(ends)]) if ends else words

@@ -1,0 +1,79 @@
+"""What computes attempts, one small step at a time: the seam between the compute process and a model.
+
+``node.echo`` and ``node.model_engine`` implement it. An engine is single-threaded and synchronous; the
+process around it (``node.compute``) looks for new messages between two steps, so a step is short: a
+piece of a prompt or one token for every running attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from node.compute_messages import Ended, Generate, Stop, Text
+
+__all__ = ["Engine", "Event", "refusal", "refused"]
+
+Event = Text | Ended
+
+
+class Engine(Protocol):
+    """Attempts in, events out. Every started attempt gets exactly one ``Ended``."""
+
+    @property
+    def model(self) -> str:
+        """The name under which the node offers it."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt and answer together."""
+
+    @property
+    def slots(self) -> int:
+        """How many attempts run at once."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def due_s(self) -> float | None:
+        """Seconds until ``step`` has something to do; 0 = now, ``None`` = nothing runs."""
+
+    def start(self, generate: Generate) -> list[Event]:
+        """Begin an attempt; a refusal comes back at once as its ``Ended``."""
+
+    def stop(self, stop: Stop) -> list[Event]:
+        """End an attempt with what it has so far. One that does not run gives nothing."""
+
+    def step(self) -> list[Event]:
+        """Do a little of everything that runs."""
+
+
+def refusal(generate: Generate, names: Iterable[str], slots_taken: bool) -> Ended | None:
+    """The end of an attempt that cannot start here, or ``None``.
+
+    ``failed`` blames this node (another may take it), ``rejected`` blames the task.
+    """
+    submit = generate.submit
+    known = list(names)
+    if submit.model is not None and submit.model.lower() not in {name.lower() for name in known}:
+        return refused(generate, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
+    if submit.adapter is not None:
+        return refused(
+            generate, f"no adapter {submit.adapter!r} on this node; leave 'adapter' out for the plain model"
+        )
+    if slots_taken:
+        reason = "all slots of this node are taken"
+        return Ended(task=generate.task, attempt=generate.attempt, state="failed", reason=reason)
+    return None
+
+
+def refused(generate: Generate, reason: str, n_prompt_tokens: int = 0) -> Ended:
+    """The end of an attempt whose task no node could do."""
+    return Ended(
+        task=generate.task,
+        attempt=generate.attempt,
+        state="rejected",
+        reason=reason,
+        n_prompt_tokens=n_prompt_tokens,
+    )

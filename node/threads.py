@@ -1,0 +1,80 @@
+"""How many threads a decoding step should use: learned from how long steps take, again and again.
+
+The threads of one matrix product wait for the slowest. When another process takes a core away, the
+others wait for it at every product: on two cores, one busy neighbour makes two threads several times
+slower than one. The right number therefore depends on who else computes now, and is found by trying.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ThreadChoice"]
+
+_TRIAL_STEPS = 4  # about 0.2 s of decoding for a small model: long enough to out-vote one interruption
+_CALM_STEPS_MIN = 32
+_CALM_STEPS_MAX = 1024  # a needless trial every 1024 steps costs 4 slower ones: under 1 %
+_SLOWER = 1.5  # a window this much slower than the best one seen is reason to try at once
+
+
+class ThreadChoice:
+    """Tells the number of threads before each step and hears the step's time after it.
+
+    Between trials it runs on the best number known. A trial runs the next candidate for a few steps and
+    keeps it if its fastest step was faster. Trials that change nothing double the time to the next one.
+    """
+
+    def __init__(self, threads_max: int) -> None:
+        candidates = [threads_max]
+        while candidates[-1] > 1:
+            candidates.append(candidates[-1] // 2)
+        self._candidates = tuple(candidates)
+        self._at = 0
+        self._tried = 0
+        self._trying: int | None = None
+        self._window: list[float] = []
+        self._current_s = float("inf")
+        self._best_s = float("inf")
+        self._calm_steps = _CALM_STEPS_MIN
+        self._since_trial = 0
+
+    @property
+    def threads(self) -> int:
+        return self._candidates[self._at if self._trying is None else self._trying]
+
+    def saw(self, step_s: float) -> None:
+        """``step_s``: how long one step of comparable work took, in seconds."""
+        if len(self._candidates) == 1:
+            return
+        self._window.append(step_s)
+        self._since_trial += 1
+        if len(self._window) < _TRIAL_STEPS:
+            return
+        # The median step: a single interruption says nothing about the number of threads.
+        typical_s = sorted(self._window)[_TRIAL_STEPS // 2]
+        self._window.clear()
+        if self._trying is not None:
+            self._judge(typical_s)
+        else:
+            self._current_s = typical_s
+            self._best_s = min(self._best_s, typical_s)
+            slowed = typical_s > _SLOWER * self._best_s and self._since_trial >= _CALM_STEPS_MIN // 2
+            if slowed or self._since_trial >= self._calm_steps:
+                self._trying = self._next_candidate()
+        assert len(self._window) < _TRIAL_STEPS
+
+    def _next_candidate(self) -> int:
+        self._tried = (self._tried + 1) % len(self._candidates)
+        if self._tried == self._at:
+            self._tried = (self._tried + 1) % len(self._candidates)
+        return self._tried
+
+    def _judge(self, typical_s: float) -> None:
+        assert self._trying is not None
+        if typical_s < self._current_s:
+            self._at = self._trying
+            self._current_s = self._best_s = typical_s
+            self._calm_steps = _CALM_STEPS_MIN
+        else:
+            self._best_s = self._current_s
+            self._calm_steps = min(2 * self._calm_steps, _CALM_STEPS_MAX)
+        self._trying = None
+        self._since_trial = 0
