@@ -40,7 +40,9 @@ __all__ = [
 ENV_PREFIX = "EDGEMESH_"
 CONFIG_VARIABLE = "EDGEMESH_CONFIG"
 CONFIG_BYTES_MAX = 1024 * 1024  # a full table is about 1 KiB; anything near this is another file
-PORT_DISCOVERY_HINT = "HOST:PORT, such as 192.168.1.20:7447 or [fe80::1]:7447"
+SEED_PORT = 8470
+"""``mesh.streams.DEFAULT_PORT``, without importing that module's HTTP library into every command."""
+TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
 DEFAULT_MESH = MeshName("home")
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]
@@ -74,7 +76,7 @@ class Settings:
     broker_kind: BrokerKind = "auto"
     interfaces: tuple[str, ...] | None = None
     """Network interfaces by name or address; ``None``: every real one."""
-    port: int = 0
+    port: int = SEED_PORT
     plain: bool = True
     plain_port: int = 0
     compute: bool = True
@@ -175,7 +177,7 @@ def _path(value: Any) -> Path:
 
 
 def parse_host_port(value: Any) -> HostPort:
-    """``pi.local:7447`` or ``[fe80::1]:7447``.
+    """``pi.local``, ``pi.local:8470`` or ``[fe80::1]:8470``; the port of a machine's first node by default.
 
     Raises:
         ValueError: Not that form; the text names it.
@@ -186,9 +188,11 @@ def parse_host_port(value: Any) -> HostPort:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port or parts.path or parts.query or "@" in text or (":" in host and "[" not in text):
-        raise ValueError(f"must be {PORT_DISCOVERY_HINT}; got {text!r}")
-    return HostPort(host, port)
+    if not host or port == 0 or parts.path or parts.query or "@" in text:
+        raise ValueError(
+            f"must be HOST or HOST:PORT, such as 192.168.1.20:{SEED_PORT} or [fe80::1]; got {text!r}"
+        )
+    return HostPort(host, port or SEED_PORT)
 
 
 BROKER_FORM = "mqtt[s]://[USER:PASSWORD@]HOST[:PORT], such as mqtts://edge:secret@broker.lan:8883"
@@ -244,7 +248,7 @@ TABLE: tuple[Setting, ...] = (
             help="Create a new mesh although one of this name is visible."),
     Setting(name="name", parse=_text, metavar="TEXT",
             help="What to call this node [default: the host's name]."),
-    Setting(name="seeds", parse=_seeds, metavar="HOST:PORT", flag="--seed", is_many=True,
+    Setting(name="seeds", parse=_seeds, metavar="HOST[:PORT]", flag="--seed", is_many=True,
             help="A peer to ask where multicast is blocked. Repeatable."),
     Setting(name="broker", parse=parse_broker, metavar="URL", is_secret=True,
             help="Use the site's own broker: mqtt[s]://[USER:PASSWORD@]HOST[:PORT]."),
@@ -253,7 +257,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="interfaces", parse=_texts, metavar="NAME", flag="--interface", is_many=True,
             help="Use only this network interface (name or address). Repeatable [default: every real one]."),
     Setting(name="port", parse=_port, metavar="PORT",
-            help="Where the data plane listens [default: any free port]."),
+            help="Where the data plane listens; any free port if taken [default: 8470]."),
     Setting(name="plain", parse=_switch, flag="--no-plain", flag_sets=False,
             help="No unencrypted MQTT listener on loopback (for mosquitto_pub on this machine)."),
     Setting(name="plain_port", parse=_port, metavar="PORT",
@@ -305,7 +309,7 @@ def load_settings(
         given[key] = ("file", f"'{key}' in {file_name}", raw)
     variables = {row.variable: row.name for row in TABLE}
     for variable, text in environ.items():
-        if variable.startswith(ENV_PREFIX) and variable != CONFIG_VARIABLE:
+        if variable.startswith(ENV_PREFIX) and variable not in (CONFIG_VARIABLE, *TEST_VARIABLES):
             _known(variable, variables, "unknown environment variable")
             given[variables[variable]] = ("environment", variable, text)
     for name, value in flags.items():

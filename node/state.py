@@ -62,6 +62,10 @@ class KnownBroker:
     ref: BrokerRef
     plain_port: int | None = None
 
+    def names(self, ref: BrokerRef) -> bool:
+        """Whether it is this broker, whatever its addresses are now."""
+        return (self.ref.epoch, self.ref.host) == (ref.epoch, ref.host)
+
 
 class NodeSlot:
     """One node's own directory, held until ``close``; a context manager.
@@ -104,6 +108,7 @@ class NodeSlot:
     def close(self) -> None:
         """Let another process have the slot."""
         if self._lock is not None:
+            os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
 
@@ -202,6 +207,26 @@ class StateDir:
             return NodeSlot(path, number, lock, node, incarnation)
         raise ConfigError(f"{SLOTS_MAX} nodes of mesh '{mesh}' already run on this machine: stop one first")
 
+    def nodes_here(self, mesh: MeshName) -> list[NodeId]:
+        """Nodes of ``mesh`` that run on this machine now, by slot.
+
+        Their process ids are looked at, not their locks: to try a lock, even for an instant, could make a
+        node that starts at that instant take another slot.
+        """
+        found = []
+        for path in sorted((self._mesh(mesh) / "nodes").glob("*/lock"), key=lambda path: path.parent.name):
+            try:
+                os.kill(int(path.read_text()), 0)
+                record = _read(path.with_name("node.json"))
+                node = NodeId(record["id"]) if record else None
+            except PermissionError:  # it runs, as another user
+                continue
+            except (OSError, ValueError, KeyError, TypeError, ConfigError):
+                continue  # it ended, or is just starting
+            if node is not None:
+                found.append(node)
+        return found
+
     @staticmethod
     def _next_life(path: Path, hostname: str, rng: Random) -> tuple[NodeId, int]:
         record = _read(path)
@@ -221,7 +246,14 @@ class StateDir:
 
     def write_broker(self, mesh: MeshName, broker: KnownBroker) -> None:
         """Tell the other processes of this machine which broker serves ``mesh``."""
-        ref = broker.ref
+        ref, plain_port = broker.ref, broker.plain_port
+        known = self.read_broker(mesh)
+        if (
+            plain_port is None
+            and known is not None
+            and (known.ref.epoch, known.ref.host) == (ref.epoch, ref.host)
+        ):
+            plain_port = known.plain_port  # only the node that hosts it knows its loopback port
         record = {
             "epoch": ref.epoch,
             "host": ref.host,
@@ -230,7 +262,7 @@ class StateDir:
             "tls": ref.tls,
             "username": ref.username,
             "password": ref.password,
-            "plain_port": broker.plain_port,
+            "plain_port": plain_port,
         }
         path = self._mesh(mesh) / "broker.json"
         with _readable_errors(path):
@@ -261,7 +293,7 @@ class StateDir:
     def forget_broker(self, mesh: MeshName, ref: BrokerRef) -> None:
         """Remove the hint if it still names ``ref``; another process may have written a newer one."""
         known = self.read_broker(mesh)
-        if known is not None and (known.ref.epoch, known.ref.host) == (ref.epoch, ref.host):
+        if known is not None and known.names(ref):
             with suppress(OSError):  # a hint that cannot be removed is probed before use anyway
                 (self._mesh(mesh) / "broker.json").unlink(missing_ok=True)
 
@@ -326,6 +358,8 @@ def _try_lock(path: Path) -> int | None:
     except OSError:
         os.close(lock)
         raise
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)  # for ``nodes_here``
     return lock
 
 

@@ -1,0 +1,143 @@
+"""Look at the mesh: ``status``, ``nodes``, ``tasks``; and ``models`` on this device."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mesh.units import bytes_text
+from node.cli.options import REACH, Chosen, as_json, choose, settings_flags
+
+if TYPE_CHECKING:
+    from node.view import View
+
+__all__ = ["COMMANDS"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _looking(function: F) -> F:
+    function = settings_flags(*REACH)(function)
+    function = click.option(
+        "--watch", is_flag=True, help="Go on until Ctrl-C; with --json one line a second."
+    )(function)
+    return as_json(function)
+
+
+@click.command()
+@_looking
+def status(is_json: bool, watch: bool, **flags: Any) -> None:
+    """Show nodes, coordinator, broker, tasks and events."""
+    from node.console import status_out
+
+    _look(choose(flags), is_json, watch, lambda view: asdict(view), status_out)
+
+
+@click.command()
+@_looking
+def nodes(is_json: bool, watch: bool, **flags: Any) -> None:
+    """List the nodes and how they are doing."""
+    from node.console import nodes_out
+
+    _look(
+        choose(flags), is_json, watch,
+        lambda view: [asdict(row) for row in view.nodes],
+        lambda view: nodes_out(view.nodes),
+    )  # fmt: skip
+
+
+@click.command()
+@click.argument("task", required=False)
+@_looking
+def tasks(task: str | None, is_json: bool, watch: bool, **flags: Any) -> None:
+    """List the tasks the mesh still knows, or one TASK."""
+    from node.console import tasks_out
+
+    def chosen_rows(view: View) -> list[Any]:
+        return [row for row in view.tasks if task in (None, row.task)]
+
+    _look(
+        choose(flags), is_json, watch,
+        lambda view: [asdict(row) for row in chosen_rows(view)],
+        lambda view: tasks_out(chosen_rows(view)),
+    )  # fmt: skip
+
+
+def _look(
+    chosen: Chosen, is_json: bool, is_watch: bool, plain: Callable[[View], Any], show: Callable[[View], None]
+) -> None:
+    """Once or again and again, for a script or for people."""
+
+    def put(view: View) -> None:
+        if is_json:
+            click.echo(json.dumps(_rounded(plain(view))))
+        else:
+            show(view)
+
+    from node.client import snapshot, watch
+
+    if not is_watch:
+        put(asyncio.run(snapshot(chosen.settings, chosen.state)))
+    elif is_json or not sys.stdout.isatty():
+        asyncio.run(_each(watch(chosen.settings, chosen.state), put))
+    else:
+        asyncio.run(_screen(watch(chosen.settings, chosen.state, every_s=0.25)))
+
+
+async def _each(views: AsyncIterator[View], put: Callable[[View], None]) -> None:
+    async for view in views:
+        put(view)
+
+
+async def _screen(views: AsyncIterator[View]) -> None:
+    from node.tui import screen
+
+    newest = [await anext(views)]
+    shown = asyncio.create_task(screen(lambda: newest[0]), name="look.screen")
+    try:
+        async for view in views:
+            newest[0] = view
+            if shown.done():
+                break
+    finally:
+        shown.cancel()
+        await asyncio.gather(shown, return_exceptions=True)
+
+
+def _rounded(plain: Any) -> Any:
+    """Milliseconds are as exact as any of these figures is."""
+    match plain:
+        case float():
+            return round(plain, 3)
+        case dict():
+            return {key: _rounded(value) for key, value in plain.items()}
+        case list() | tuple():
+            return [_rounded(value) for value in plain]
+        case _:
+            return plain
+
+
+@click.command()
+@as_json
+@settings_flags("state_dir")
+def models(is_json: bool, **flags: Any) -> None:
+    """List the models this device can serve, and which are here already."""
+    from node.console import table_out
+    from node.models import list_models
+
+    rows = list_models(choose(flags).state.models_dir)
+    if is_json:
+        click.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    sizes = [bytes_text(row.size_bytes) if row.size_bytes is not None else "–" for row in rows]
+    table = [(row.name, row.state, size, row.display) for row, size in zip(rows, sizes, strict=True)]
+    table_out(("name", "state", "size", "what it is"), table)
+
+
+COMMANDS = (status, nodes, tasks, models)
