@@ -13,35 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from mesh.errors import ConfigError
 from mesh.messages import Submit
 from node.compute_messages import Ended, Generate, Stop, Text
 from node.engine import Event, refusal, refused
+from node.models import echo_rate
 
-__all__ = ["EchoEngine", "echo_rate"]
+__all__ = ["EchoEngine"]
 
 CONTEXT_WORDS = 4096
 SLOTS = 4
 
 _WORD = re.compile(r"\s*\S+\s*")
-
-
-def echo_rate(name: str) -> float | None:
-    """Words per second that ``echo`` or ``echo:RATE`` asks for; ``None`` = as fast as it goes.
-
-    Raises:
-        ConfigError: The rate is no positive number.
-    """
-    _, separator, rate = name.partition(":")
-    if not separator:
-        return None
-    try:
-        words_per_s = float(rate)
-    except ValueError:
-        words_per_s = 0.0
-    if not 0 < words_per_s <= 1e6:
-        raise ConfigError(f"model {name!r}: after 'echo:' comes a number of words per second, as in echo:20")
-    return words_per_s
 
 
 @dataclass(slots=True)

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Literal
 
 from mesh.errors import ConfigError, UnreachableError
-from node.echo import echo_rate
 
 __all__ = [
     "CATALOGUE",
@@ -46,6 +45,7 @@ __all__ = [
     "ModelRow",
     "Progress",
     "Source",
+    "echo_rate",
     "list_models",
     "prepare",
     "read_manifest",
@@ -159,6 +159,24 @@ def resolve(name: str) -> Source:
         f"no model {name!r}. Give one of {', '.join(sorted(CATALOGUE))}, echo; "
         "or a hub id (org/name), a directory with config.json, or a .gguf file"
     )
+
+
+def echo_rate(name: str) -> float | None:
+    """Words per second that ``echo`` or ``echo:RATE`` asks for; ``None`` = as fast as it goes.
+
+    Raises:
+        ConfigError: The rate is no positive number.
+    """
+    _, separator, rate = name.partition(":")
+    if not separator:
+        return None
+    try:
+        words_per_s = float(rate)
+    except ValueError:
+        words_per_s = 0.0
+    if not 0 < words_per_s <= 1e6:
+        raise ConfigError(f"model {name!r}: after 'echo:' comes a number of words per second, as in echo:20")
+    return words_per_s
 
 
 def list_models(models_dir: Path) -> list[ModelRow]:

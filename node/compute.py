@@ -1,0 +1,252 @@
+"""The compute process: ``python -m node.compute``. Loads one model and runs attempts until told to end.
+
+It is a process of its own so that nothing in it reaches the node: not a forward pass of seconds, not
+four seconds of importing torch under the interpreter's lock, not the kernel killing it for memory (see
+``docs/adr/0007-compute-in-a-child-process.md``). It speaks ``node.compute_messages`` over its standard
+input and output; whatever else prints goes to standard error.
+
+It ends when its input ends, and on Linux the kernel kills it with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from mesh.errors import ConfigError, DecodeError, UnreachableError
+from mesh.units import bytes_text
+from node.compute_messages import (
+    Ended,
+    Generate,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Stop,
+    Text,
+    frame,
+    read_frame,
+)
+from node.echo import EchoEngine
+from node.engine import Engine, Event
+from node.models import CATALOGUE, Progress, Source, prepare, resolve
+from node.profile import memory_free_bytes, physical_cores
+
+__all__ = ["TextBatches", "main"]
+
+Say = Callable[[object], None]
+
+# People see text flow at 10 pieces a second, and a broker carries 10 messages a second per answer.
+TEXT_EVERY_S = 0.07
+
+# Beside the weights: interpreter, torch and tokenizer 0.4 GB (measured), buffers and states 0.2 GB.
+RUNTIME_BYTES = 600_000_000
+
+# Reading a GGUF holds the weights twice for a moment (measured: 1.55 GB for 0.54 GB of weights).
+CONVERT_FACTOR = 2
+
+_OOM_SCORE = "800"  # of 1000: when memory runs out, the kernel takes this process and not the node
+_NICE = 5  # heartbeats first: the node needs microseconds, and needs them now
+_PR_SET_PDEATHSIG = 1
+
+
+class _NoMemoryError(Exception):
+    """The model does not fit now; it may later."""
+
+
+class TextBatches:
+    """Joins the tokens of an answer to pieces worth a message. The first token goes out at once."""
+
+    def __init__(self, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._held: dict[tuple[str, int], Text] = {}
+        self._next_at: dict[tuple[str, int], float] = {}  # of attempts that have said something
+
+    @property
+    def due_s(self) -> float | None:
+        """Seconds until ``flush`` has something to send; ``None`` = nothing is held."""
+        if not self._held:
+            return None
+        return max(0.0, min(self._next_at[key] for key in self._held) - self._clock())
+
+    def take(self, event: Event) -> None:
+        key = (event.task, event.attempt)
+        if isinstance(event, Ended):
+            if (held := self._held.pop(key, None)) is not None:
+                self._say(held)
+            self._next_at.pop(key, None)
+            self._say(event)
+            return
+        if (held := self._held.get(key)) is not None:
+            event = Text(
+                task=event.task,
+                attempt=event.attempt,
+                text=held.text + event.text,
+                n_tokens=held.n_tokens + event.n_tokens,
+            )
+        self._held[key] = event
+        self._next_at.setdefault(key, self._clock())
+
+    def flush(self) -> None:
+        now = self._clock()
+        for key in [key for key in self._held if self._next_at[key] <= now]:
+            self._say(self._held.pop(key))
+            self._next_at[key] = now + TEXT_EVERY_S
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # a library that prints must not write into the frames
+
+    def say(message: object) -> None:
+        out.write(frame(message))
+
+    _stand_back()
+    # Not bounded here: the node sends at most what its slots and the operator's stops amount to.
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_listen, args=(inbox,), name="compute.listen", daemon=True).start()
+    load = inbox.get()
+    if not isinstance(load, Load):
+        raise DecodeError(f"the first message must be Load, got {type(load).__name__}")
+    try:
+        engine, digest = _load(load, say)
+    except ConfigError as error:
+        say(LoadFailed(reason=str(error), is_permanent=True))
+        return 1
+    except (UnreachableError, _NoMemoryError, OSError) as error:
+        say(LoadFailed(reason=str(error), is_permanent=False))
+        return 1
+    say(
+        Ready(
+            model=engine.model,
+            context_tokens=engine.context_tokens,
+            slots=engine.slots,
+            device=engine.device,
+            digest=digest,
+        )
+    )
+    _serve(engine, inbox, say)
+    return 0
+
+
+def _serve(engine: Engine, inbox: SimpleQueue[Any], say: Say) -> None:
+    batches = TextBatches(say)
+    while True:
+        dues = [due for due in (engine.due_s, batches.due_s) if due is not None]
+        events: list[Event] = []
+        for message in _waiting(inbox, min(dues) if dues else None):
+            match message:
+                case Generate():
+                    events += engine.start(message)
+                case Stop():
+                    events += engine.stop(message)
+        if engine.due_s == 0:
+            events += engine.step()
+        for event in events:
+            batches.take(event)
+        batches.flush()
+
+
+def _waiting(inbox: SimpleQueue[Any], wait_s: float | None) -> list[Any]:
+    """All messages there are, after waiting at most ``wait_s`` for the first (``None``: for ever)."""
+    messages = []
+    with contextlib.suppress(Empty):
+        if wait_s != 0:
+            messages.append(inbox.get(timeout=wait_s))
+        while True:
+            messages.append(inbox.get_nowait())
+    return messages
+
+
+def _listen(inbox: SimpleQueue[Any]) -> None:
+    while (message := read_frame(sys.stdin.buffer)) is not None:
+        inbox.put(message)
+    # The node is gone or wants us gone. Nothing here needs saving, and the main thread may be deep in
+    # a matrix product or an import: leave without asking it.
+    os._exit(0)
+
+
+def _load(load: Load, say: Say) -> tuple[Engine, str]:
+    """The engine and the digest of its weights.
+
+    Raises:
+        ConfigError, UnreachableError, _NoMemoryError, OSError: With a sentence for the operator.
+    """
+    source = resolve(load.model)
+    if source.kind == "echo":
+        return EchoEngine(load.model), ""
+
+    def progress(text: str, fraction: float | None) -> None:
+        say(Loading(text=text, fraction=fraction))
+
+    directory, manifest = prepare(source, Path(load.models_dir), _convert, progress)
+    needs = _loaded_bytes(directory, manifest.weight_bytes, load.precision)
+    _check_memory(f"loading {source.display}", needs)
+    progress(f"loading {source.display}", 0.0)
+
+    import torch
+
+    from node.backbone import best_device, load_backbone
+    from node.model_engine import ModelEngine, Tokens
+
+    threads = load.threads or physical_cores()
+    torch.set_num_threads(threads)
+    progress(f"loading {source.display}", 0.4)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[load.precision]
+    backbone = load_backbone(directory, best_device(), dtype)
+    progress(f"loading {source.display}", 0.9)
+    names = (source.name, source.display, load.model)
+    return ModelEngine(names, backbone, Tokens(directory), threads), manifest.weights_sha256
+
+
+def _convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -> None:
+    if source.name in CATALOGUE:
+        weight_bytes = CATALOGUE[source.name].weight_bytes
+        _check_memory(f"converting {source.display}", CONVERT_FACTOR * weight_bytes + RUNTIME_BYTES)
+    progress(f"converting {source.display}", 0.0)
+    from node.convert import convert
+
+    convert(source, gguf, into, progress)
+
+
+def _check_memory(what: str, needed_bytes: int) -> None:
+    free_bytes = memory_free_bytes()
+    if needed_bytes > free_bytes:
+        raise _NoMemoryError(
+            f"{what} needs {bytes_text(needed_bytes)}, {bytes_text(free_bytes)} free: close other programs, "
+            "choose a smaller model, or run this node with --no-compute"
+        )
+
+
+def _loaded_bytes(directory: Path, file_bytes: int, precision: str) -> int:
+    """Memory for the weights in ``precision``, whatever type the file has, and all around them."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    stored_bytes = 2 if stored in ("bfloat16", "float16") else 4
+    return file_bytes * (2 if precision == "bf16" else 4) // stored_bytes + RUNTIME_BYTES
+
+
+def _stand_back() -> None:
+    """Give way to the node in every respect, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's to handle; it ends our input
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # /proc may be read-only in a container
+            Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""Keeps a compute process alive and translates between its frames and the node's facts.
+
+    StartAttempt, StopAttempt ──▶ Generate, Stop ─▷ child
+    child ─▷ Loading, Ready, Text, Ended ──▶ activity, EngineReady, AttemptText, AttemptFinished
+
+    absent ──start──▶ loading ──Ready──▶ ready ──exit──▶ absent, and again after a pause
+                         └──LoadFailed, exit──▶ absent (for good if trying again cannot help)
+
+Every attempt handed in gets exactly one ``AttemptFinished``: if the process ends first, a failure that
+says ``retry``, because the task is not to blame. Pauses grow with every quick end and carry jitter, so
+that nodes which ran out of memory together do not come back together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from coordinator.facts import (
+    AttemptFinished,
+    AttemptText,
+    EngineLost,
+    EngineReady,
+    StartAttempt,
+    StopAttempt,
+)
+from mesh.core import Fact
+from mesh.errors import DecodeError
+from mesh.ids import TaskId
+from mesh.messages import Assign, Outcome
+from node.compute_messages import (
+    CODEC,
+    LENGTH_BYTES,
+    Ended,
+    Generate,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Stop,
+    Text,
+    frame,
+    frame_size,
+)
+
+__all__ = ["ComputeWorker", "pause_s"]
+
+log = logging.getLogger(__name__)
+
+# -P: a file that lies in the operator's working directory must not be imported.
+COMMAND = (sys.executable, "-P", "-m", "node.compute")
+
+# A life shorter than this after loading counts as a quick end.
+_STEADY_S = 60.0
+_QUICK_ENDS_MAX = 5
+_PAUSE_S_FIRST = 0.5
+_PAUSE_S_LONG = 300.0  # after so many quick ends something is wrong that time may mend but haste will not
+
+_EXIT_S = 2.0  # the child leaves at once when its input ends; if not, it hangs and is killed
+_RATE_WINDOW_S = 5.0
+_LOG_LINE_BYTES = 4096
+_LAST_WORDS = 5  # lines of the child's complaint repeated in the reason of its end
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    reason: str
+    is_permanent: bool = False
+    was_steady: bool = False
+
+
+class ComputeWorker:
+    """The shell around one compute process. ``learn`` takes facts; it must not call back at once."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        models_dir: Path,
+        learn: Callable[[Fact], None],
+        precision: Literal["fp32", "bf16"] = "fp32",
+        threads: int | None = None,
+        rng: Random | None = None,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self._load = Load(model=model, models_dir=str(models_dir), precision=precision, threads=threads)
+        self._learn = learn
+        self._rng = rng or Random()
+        self._command = tuple(command)
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready: Ready | None = None
+        self._running: dict[tuple[TaskId, int], Assign] = {}
+        self._spoken: deque[tuple[float, int]] = deque()  # (when, tokens) of the last _RATE_WINDOW_S
+        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._is_stopped = False
+        self._over = asyncio.Event()
+        self._over.set()
+        self.activity = "starting the compute process"
+        """What it does, in words for the status screen; ``idle`` or the number of tasks once ready."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready is not None
+
+    @property
+    def device(self) -> str | None:
+        """``cpu``, ``cuda`` or ``mps``; ``None`` before the child has looked."""
+        return self._ready.device if self._ready else None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over the last seconds, all attempts together."""
+        now = time.monotonic()
+        while self._spoken and self._spoken[0][0] < now - _RATE_WINDOW_S:
+            self._spoken.popleft()
+        if not self._spoken:
+            return 0.0
+        return sum(n for _, n in self._spoken) / max(1.0, now - self._spoken[0][0])
+
+    def carry_out(self, fact: StartAttempt | StopAttempt) -> None:
+        """Pass an order on. Without a loaded model an attempt fails at once, to be tried elsewhere."""
+        match fact:
+            case StartAttempt(assign=assign):
+                if self._ready is None:
+                    self._finish(assign, _lost(assign, f"no model is loaded: {self.activity}"))
+                    return
+                self._running[assign.task, assign.attempt] = assign
+                self._say(Generate(task=assign.task, attempt=assign.attempt, submit=assign.submit))
+            case StopAttempt(task=task, attempt=attempt, reason=reason):
+                if (task, attempt) in self._running:
+                    self._say(Stop(task=task, attempt=attempt, reason=reason))
+        self._describe()
+
+    async def run(self) -> None:
+        """Keep a child alive until cancelled, or until ``stop``."""
+        quick_ends = 0
+        while not self._is_stopped:
+            self._over.clear()
+            try:
+                end = await self._live()
+            finally:
+                self._lose_all("the node is stopping")
+                self._over.set()
+            if self._is_stopped:
+                return
+            quick_ends = 0 if end.was_steady else quick_ends + 1
+            if end.is_permanent:
+                self.activity = f"cannot compute: {end.reason}"[:200]
+                log.error("compute will not be tried again: %s", end.reason)
+                return
+            wait_s = pause_s(quick_ends, self._rng)
+            self.activity = f"compute ended ({end.reason}); again in {wait_s:.0f} s"[:200]
+            log.warning(
+                "compute ended %d times in a row: %s; again in %.1f s", quick_ends, end.reason, wait_s
+            )
+            await asyncio.sleep(wait_s)
+
+    async def stop(self) -> None:
+        """End the child; what it ran is handed back before this returns."""
+        self._is_stopped = True
+        self.activity = "stopping"
+        self._lose_all("the node is stopping")
+        process = self._process
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        try:
+            async with asyncio.timeout(_EXIT_S):
+                await self._over.wait()
+        except TimeoutError:
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await self._over.wait()
+
+    # ── one life of the child ───────────────────────────────────────────────────────────────────────
+
+    async def _live(self) -> _End:
+        self._last_words.clear()
+        self.activity = "starting the compute process"
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LOG_LINE_BYTES * 16,
+            env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._process = process
+        ready_at: float | None = None
+        failed: LoadFailed | None = None
+        listening = asyncio.create_task(self._log_lines(process), name="worker.log")
+        reason: str | None = None
+        try:
+            self._say(self._load)
+            assert process.stdin is not None and process.stdout is not None
+            if self._is_stopped:  # while the process was being made
+                process.stdin.close()
+            while (message := await _next(process.stdout)) is not None:
+                if isinstance(message, Ready):
+                    ready_at = time.monotonic()
+                elif isinstance(message, LoadFailed):
+                    failed = message
+                self._on(message)
+        except DecodeError as error:
+            reason = f"it sent what is no message ({error})"
+        finally:
+            code = await _end(process)
+            listening.cancel()
+            self._process = None
+        if self._is_stopped:
+            reason = "the node is stopping"
+        reason = failed.reason if failed else reason or _obituary(code, self._last_words)
+        self._lose_all(reason)
+        self._learn(EngineLost(reason))
+        return _End(
+            reason,
+            is_permanent=failed is not None and failed.is_permanent,
+            was_steady=ready_at is not None and time.monotonic() - ready_at > _STEADY_S,
+        )
+
+    def _on(self, message: object) -> None:
+        match message:
+            case Loading(text=text, fraction=fraction):
+                self.activity = text if fraction is None else f"{text} ({fraction:.0%})"
+                log.info("%s", self.activity)
+            case Ready():
+                self._ready = message
+                self._learn(EngineReady(message.model, message.context_tokens, message.slots))
+            case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
+                self._spoken.append((time.monotonic(), n_tokens))
+                self._learn(AttemptText(task, attempt, text, n_tokens))
+            case Ended():
+                assign = self._running.pop((message.task, message.attempt), None)
+                if assign is not None:
+                    self._finish(assign, _outcome(assign, message))
+        self._describe()
+
+    async def _log_lines(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        while True:
+            try:
+                line = await process.stderr.readline()
+            except ValueError:  # longer than the stream's limit: no line for people
+                continue
+            if not line:
+                return
+            text = line[:_LOG_LINE_BYTES].decode(errors="replace").rstrip()
+            if text:
+                self._last_words.append(text)
+                log.info("compute: %s", text)
+
+    # ── pieces ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _say(self, message: object) -> None:
+        """Not awaited: the child's slots bound what is buffered here, and a dead child reads nothing."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._process.stdin.write(frame(message))
+
+    def _finish(self, assign: Assign, outcome: Outcome) -> None:
+        self._learn(AttemptFinished(assign.task, assign.attempt, outcome))
+
+    def _lose_all(self, reason: str) -> None:
+        """Every running attempt fails, to be tried elsewhere; the engine is gone."""
+        self._ready = None
+        running, self._running = self._running, {}
+        for assign in running.values():
+            self._finish(assign, _lost(assign, reason))
+
+    def _describe(self) -> None:
+        if self._ready is not None:
+            n = len(self._running)
+            self.activity = "idle" if n == 0 else f"{n} task{'s' if n != 1 else ''}"
+
+
+def pause_s(quick_ends: int, rng: Random) -> float:
+    """Seconds to wait after so many quick ends in a row: doubling, then long, the upper half by chance."""
+    longest_s = _PAUSE_S_LONG if quick_ends >= _QUICK_ENDS_MAX else _PAUSE_S_FIRST * 2**quick_ends
+    return longest_s * rng.uniform(0.5, 1.0)
+
+
+async def _next(stream: asyncio.StreamReader) -> object | None:
+    """The child's next message; ``None`` when it has closed its output.
+
+    Raises:
+        DecodeError: These bytes are no frame.
+    """
+    try:
+        size = frame_size(await stream.readexactly(LENGTH_BYTES))
+        return CODEC.decode(await stream.readexactly(size))  # type: ignore[no-any-return]
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        return None
+
+
+async def _end(process: asyncio.subprocess.Process) -> int:
+    """Close the child's input, which it obeys; kill it if it does not."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        async with asyncio.timeout(_EXIT_S):
+            return await process.wait()
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        raise
+
+
+def _obituary(code: int, last_words: Sequence[str]) -> str:
+    if code == -signal.SIGKILL:
+        return "the system killed it (most likely out of memory)"
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    words = f": {last_words[-1]}" if last_words else ""
+    return f"exit code {code}{words}"[:300]
+
+
+def _lost(assign: Assign, reason: str) -> Outcome:
+    return Outcome(
+        state="failed",
+        text="",
+        finish_reason=None,
+        reason=reason,
+        node=None,
+        attempt=assign.attempt,
+        epoch=assign.epoch,
+        retry=True,
+    )
+
+
+def _outcome(assign: Assign, ended: Ended) -> Outcome:
+    """``node`` is the worker core's to fill in."""
+    return Outcome(
+        state=ended.state,
+        text=ended.text,
+        finish_reason=ended.finish_reason,
+        reason=ended.reason,
+        node=None,
+        attempt=assign.attempt,
+        epoch=assign.epoch,
+        n_prompt_tokens=ended.n_prompt_tokens,
+        n_tokens=ended.n_tokens,
+        ttft_s=ended.ttft_s,
+        service_s=ended.service_s,
+        retry=ended.state == "failed",
+    )
