@@ -14,10 +14,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from random import Random
+from typing import TYPE_CHECKING
 
 from coordinator.facts import DrainChanged, EngineLost, EngineReady, StartAttempt, StopAttempt
 from coordinator.stack import Cores, build_cores
@@ -30,14 +32,11 @@ from mesh.errors import ConfigError
 from mesh.facts import (
     AskPeers,
     BrokerRef,
-    Deposed,
     Elected,
     Followed,
     HostBroker,
     Leaving,
-    LinkDown,
     LinkUp,
-    MemberChanged,
     OwnInfo,
     OwnReport,
     StopBroker,
@@ -57,30 +56,39 @@ from mesh.topics import STATUS, access_list
 from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
 from node import __version__
 from node.broker_host import BrokerHost
-from node.logs import say
+from node.fact_log import log_fact
+from node.logs import say, set_up
 from node.models import DEFAULT_MODEL
 from node.peers import Peers
-from node.profile import Profile
+from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
 from node.state import KnownBroker, NodeSlot, StateDir
 from node.view import View, ViewBuilder
-from node.worker import ComputeWorker
+
+if TYPE_CHECKING:
+    from node.worker import ComputeWorker
 
 __all__ = ["Agent", "serve"]
 
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
+STRANGERS_MAX = 64  # warned of by name; more is somebody playing
 FAREWELL_S = 3.0  # to tell the others goodbye; a broker that hangs must not keep the process
-EXIT_SUPERSEDED = 6
+EXIT_SUPERSEDED = 1
+EVERYWHERE = ("0.0.0.0",)
+
+_SUPERSEDED = (
+    "another, newer process runs as {node}: a copied or restored state directory? "
+    "Remove {path} on one of the two machines, and that one gets an id of its own"
+)
 
 
-async def serve(settings: Settings, *, screen: Callable[[Agent], asyncio.Future[None]] | None = None) -> int:
+async def serve(settings: Settings) -> int:
     """Run a node until a signal, ``edgemesh leave``, or a newer process under its id. Returns the exit code.
 
-    Args:
-        settings: ``settings.mesh``'s key is in the state directory (see ``node.cli.join``).
-        screen: Makes the task that draws the terminal view and ends when the user quits; ``None`` for logs.
+    On a terminal it shows the mesh, otherwise (or with ``--headless``) it logs to stderr. The key of
+    ``settings.mesh`` is in the state directory already (see ``node.joining``).
 
     Raises:
         ConfigError: No key, or the state directory cannot be used.
@@ -91,13 +99,22 @@ async def serve(settings: Settings, *, screen: Callable[[Agent], asyncio.Future[
         raise ConfigError(f"no key for mesh '{settings.mesh}' on this machine: join with --code CODE")
     rng = Random(int.from_bytes(os.urandom(16)))
     with state.claim_node_slot(settings.mesh, settings.name or socket.gethostname(), rng) as slot:
-        return await Agent(settings, state, key, slot, rng).run(screen)
+        agent = Agent(settings, state, key, slot, rng)
+        if settings.headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            set_up(settings.log_format, settings.log_level)
+            return await agent.run()
+        set_up("text", settings.log_level, sink=agent.note)
+        from node.tui import screen
+
+        return await agent.run(lambda: screen(agent.view))
 
 
 class Agent:
     """The parts of one process. Made once, run once."""
 
-    def __init__(self, settings: Settings, state: StateDir, key: MeshKey, slot: NodeSlot, rng: Random) -> None:
+    def __init__(
+        self, settings: Settings, state: StateDir, key: MeshKey, slot: NodeSlot, rng: Random
+    ) -> None:
         self._settings = settings
         self._state = state
         self._key = key
@@ -109,7 +126,8 @@ class Agent:
         known = records.get("incarnation")
         if isinstance(known, NodeState):  # it may have refuted rumours in its last life
             slot.record_incarnation(known.incarnation + 1)
-        self._profile = Profile()
+        self._vitals = VitalsReader()
+        device = profile()
         self._model = (settings.model or DEFAULT_MODEL) if settings.compute else None
         identity = slot.identity(key)
         self._server = PeerServer(
@@ -120,10 +138,10 @@ class Agent:
         )
         self._client = PeerClient(identity.client_context())
         self._info = NodeInfo(
-            node=self.node, incarnation=slot.incarnation, hostname=socket.gethostname(), version=__version__,
+            node=self.node, incarnation=slot.incarnation, hostname=device.hostname, version=__version__,
             protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX, addresses=[], port=0,
-            system=self._profile.system, device="none", n_cpus=self._profile.n_cpus,
-            memory_bytes=self._profile.memory_bytes, model=self._model, adapters=[], slots=0,
+            system=device.system, device="none", n_cpus=device.n_cpus,
+            memory_bytes=device.memory_bytes, model=self._model, adapters=[], slots=0,
         )  # fmt: skip
         self._me = NodeState(node=self.node, state="online", incarnation=slot.incarnation, boot=self._boot)
         self.cores: Cores = build_cores(
@@ -140,7 +158,7 @@ class Agent:
             me=self.node,
             boot=self._boot,
             filters=[*node_filters(settings.mesh, self.node), *rows],
-            will=lambda: replace(self.cores.membership.me, state="offline"),
+            will=lambda: replace(self.cores.membership.state, state="offline"),
             tls=identity.client_context(),
         )
         self._view = ViewBuilder(
@@ -164,7 +182,9 @@ class Agent:
             settings=BrokerSettings(
                 mesh=settings.mesh,
                 identity=identity,
-                addresses=tuple(local_addresses(settings.interfaces)) if settings.interfaces else ("0.0.0.0",),
+                addresses=tuple(local_addresses(settings.interfaces))
+                if settings.interfaces
+                else ("0.0.0.0",),
                 port=0,
                 plain_port=settings.plain_port if settings.plain else None,
                 directory=slot.path / "broker",
@@ -174,11 +194,11 @@ class Agent:
             advertised=lambda: tuple(local_addresses(settings.interfaces)),
             learn=self._driver.learn,
         )
-        self._worker = (
-            ComputeWorker(self._model, models_dir=state.models_dir, learn=self._driver.learn)
-            if self._model is not None
-            else None
-        )
+        self._worker: ComputeWorker | None = None
+        if self._model is not None:
+            from node.worker import ComputeWorker  # a node without compute does without
+
+            self._worker = ComputeWorker(self._model, models_dir=state.models_dir, learn=self._driver.learn)
         self._discovery: Discovery | None = None
         self._advert_changed = asyncio.Event()
         self._has_joined = False
@@ -192,13 +212,18 @@ class Agent:
         """What this node knows, for the terminal view."""
         return self._view.view(time.monotonic())
 
+    def note(self, text: str) -> None:
+        """A log line, shown among the view's events while there is a screen instead of a log."""
+        self._view.event(text, time.monotonic())
+
     def stop(self) -> None:
         """Say goodbye and end. Running attempts are handed back to the mesh."""
         self._stop.set()
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def run(self, screen: Callable[[Agent], asyncio.Future[None]] | None = None) -> int:
+    async def run(self, screen: Callable[[], Coroutine[None, None, None]] | None = None) -> int:
+        """Live until told to stop. ``screen`` shows the mesh meanwhile and returns when the user quits."""
         started_at = time.monotonic()
         self._started_at = started_at
         say(
@@ -224,7 +249,7 @@ class Agent:
         say(log, "stopped", "stopped")
         return self._exit_code
 
-    async def _live(self, screen: Callable[[Agent], asyncio.Future[None]] | None) -> None:
+    async def _live(self, screen: Callable[[], Coroutine[None, None, None]] | None) -> None:
         """Everything that runs side by side, until ``stop``; then down in order."""
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -239,7 +264,9 @@ class Agent:
             if self._worker is not None:
                 tasks.append(group.create_task(self._worker.run(), name="worker"))
             if screen is not None:
-                screen(self).add_done_callback(lambda done: self.stop())
+                shown = group.create_task(screen(), name="screen")
+                shown.add_done_callback(lambda done: self.stop())
+                tasks.append(shown)
             await self._stop.wait()
             await self._say_goodbye()
             for task in [*tasks, broker]:
@@ -269,13 +296,13 @@ class Agent:
     def _on_fact(self, fact: Fact) -> None:
         """What the cores, or the shell itself, say happened: who must do something about it?"""
         self._view.learn(fact, time.monotonic())
+        log_fact(log, fact, self.node)
         match fact:
             case AskPeers(nodes=nodes):
                 self._peers.ask(nodes)
             case HostBroker(epoch=epoch):
                 self._broker_host.start(epoch)
             case StopBroker():
-                say(log, "broker_stopping", "everybody moved to a better broker; stopping ours")
                 self._broker_host.stop()
             case UseBroker(broker=broker):
                 self._use_broker(broker)
@@ -284,52 +311,26 @@ class Agent:
                     self._worker.carry_out(fact)
             case EngineReady(model=model, context_tokens=context_tokens, slots=slots):
                 device = self._worker.device if self._worker is not None else "none"
-                say(log, "engine_ready", f"{model} is loaded on {device}", model=model, device=device)
                 self._change_info(
                     model=model, context_tokens=context_tokens, slots=slots, device=device or "cpu"
                 )
-            case EngineLost(reason=reason):
-                say(log, "engine_lost", f"compute ended: {reason}", logging.WARNING, reason=reason)
+            case EngineLost():
                 self._change_info(slots=0)
-            case DrainChanged(draining=draining, leave=leave):
+            case DrainChanged(leave=leave):
                 self._draining_to_leave = leave
-                say(log, "draining" if draining else "resumed", "finishing what runs" if draining else "resumed")
-            case Superseded(boot=boot):
+            case Superseded():
                 say(
-                    log, "superseded",
-                    f"another process (boot {boot}) runs as {self.node}: a copied state directory? Remove "
-                    f"{self._slot.path} on one of the two machines, and it gets an id of its own",
-                    logging.ERROR,
-                )  # fmt: skip
+                    log, "superseded", _SUPERSEDED.format(node=self.node, path=self._slot.path), logging.ERROR
+                )
                 self._exit_code = EXIT_SUPERSEDED
                 self.stop()
-            case _:
-                self._log_fact(fact)
-
-    def _log_fact(self, fact: Fact) -> None:
-        match fact:
-            case LinkUp(broker_epoch=epoch, host=host):
-                say(log, "link_up", f"connected to the broker on {host or 'its own server'}",
-                    broker_epoch=epoch, host=host)  # fmt: skip
+            case LinkUp():
                 self._remember_broker()
                 self._advert_changed.set()
-            case LinkDown(host_is_dead=host_is_dead):
-                say(log, "link_down", "lost the broker" + (": its host refuses" if host_is_dead else ""),
-                    host_is_dead=host_is_dead)  # fmt: skip
-            case Elected(epoch=epoch):
-                say(log, "elected", f"this node coordinates (epoch {epoch})", epoch=str(epoch), term=epoch.term)
+            case Elected(epoch=epoch) | Followed(epoch=epoch):
                 self._join(epoch.node)
-            case Deposed(epoch=epoch):
-                say(log, "deposed", f"epoch {epoch} is over for this node", epoch=str(epoch))
-            case Followed(epoch=epoch):
-                say(log, "followed", f"{epoch.node} coordinates (epoch {epoch})", epoch=str(epoch),
-                    coordinator=epoch.node, term=epoch.term)  # fmt: skip
-                self._join(epoch.node)
-            case MemberChanged(node=node, standing=standing, incarnation=incarnation) if node != self.node:
-                standing = str(getattr(standing, "value", standing))
-                say(log, "member", f"{node} is {standing}", member=node, standing=standing, incarnation=incarnation)
             case _:
-                log.debug("%s", fact)
+                pass
 
     def _join(self, coordinator: NodeId) -> None:
         if not self._has_joined:
@@ -357,10 +358,11 @@ class Agent:
         hosting = self.cores.hosting
         broker = hosting.broker if hosting.broker is not None and hosting.broker.host is not None else None
         return PeerHello(
-            node=self.node, boot=self._boot, incarnation=self.cores.membership.me.incarnation,
+            node=self.node, boot=self._boot, incarnation=self.cores.membership.state.incarnation,
             mesh=self._settings.mesh, port=self._server.port, addresses=self._info.addresses,
             broker_epoch=broker.epoch if broker else 0, broker_host=broker.host if broker else None,
-            broker_addresses=list(broker.addresses) if broker else [], broker_port=broker.port if broker else 0,
+            broker_addresses=list(broker.addresses) if broker else [],
+            broker_port=broker.port if broker else 0,
             broker_connected=broker is not None and hosting.is_linked, peers=self._peers.vouched,
         )  # fmt: skip
 
@@ -369,7 +371,7 @@ class Agent:
         broker = hosting.broker if hosting.is_linked else None
         return Advert(
             mesh=self._settings.mesh, fingerprint=self._key.fingerprint, node=self.node, boot=self._boot,
-            incarnation=self.cores.membership.me.incarnation, port=self._server.port,
+            incarnation=self.cores.membership.state.incarnation, port=self._server.port,
             broker_epoch=broker.epoch if broker else 0, broker_host=broker.host if broker else None,
             broker_port=broker.port if broker else 0,
         )  # fmt: skip
@@ -390,16 +392,23 @@ class Agent:
                 self._peers.gone(news.node)
             elif news.advert.fingerprint == self._key.fingerprint:
                 self._peers.sighted(news.advert.node, news.addresses, news.advert.port)
-            elif news.advert.mesh == self._settings.mesh and len(strangers) < 64:
-                if news.advert.node not in strangers:
-                    strangers.add(news.advert.node)
-                    say(
-                        log, "other_mesh",
-                        f"{news.advert.node} is in another mesh that is also called '{news.advert.mesh}' "
-                        f"(key {news.advert.fingerprint}, ours is {self._key.fingerprint}). To bring it here, "
-                        f"run `edgemesh token` on this machine and join there with --code",
-                        logging.WARNING, peer=news.advert.node, fingerprint=news.advert.fingerprint,
-                    )  # fmt: skip
+            elif news.advert.mesh == self._settings.mesh and len(strangers) < STRANGERS_MAX:
+                self._warn_of(news.advert, strangers)
+
+    def _warn_of(self, stranger: Advert, warned: set[str]) -> None:
+        if stranger.node in warned:
+            return
+        warned.add(stranger.node)
+        say(
+            log,
+            "other_mesh",
+            f"{stranger.node} is in another mesh that is also called '{stranger.mesh}' (key "
+            f"{stranger.fingerprint}, ours is {self._key.fingerprint}). To bring it here, "
+            "run `edgemesh token` on this machine and join there with --code",
+            logging.WARNING,
+            peer=stranger.node,
+            fingerprint=stranger.fingerprint,
+        )
 
     # ── what this node is and does ──────────────────────────────────────────────────────────────────
 
@@ -412,20 +421,19 @@ class Agent:
         while True:
             worker = self._worker
             running = self.cores.worker.n_running
-            ready = worker is not None and worker.is_ready and not self.cores.worker.is_draining
-            now = self._profile.now(child_pid=worker.pid if worker is not None else None)
+            vitals = self._vitals.read(worker.pid if worker is not None else None)
             self._driver.learn(
                 OwnReport(
                     NodeReport(
-                        node=self.node, incarnation=self._slot.incarnation, ready=ready,
-                        activity=self._activity(running), running=running, cpu_percent=now.cpu_percent,
-                        memory_free_bytes=now.memory_free_bytes, rss_bytes=now.rss_bytes,
+                        node=self.node, incarnation=self._slot.incarnation, ready=self.cores.worker.may_start,
+                        activity=self._activity(running), running=running, cpu_percent=vitals.cpu_percent,
+                        memory_free_bytes=vitals.memory_free_bytes, rss_bytes=vitals.rss_bytes,
                         tokens_per_s=worker.tokens_per_s if worker is not None else 0.0,
-                        temperature_c=now.temperature_c,
+                        temperature_c=vitals.temperature_c,
                     )
                 )
             )  # fmt: skip
-            if self._draining_to_leave and not running:
+            if self._draining_to_leave and self.cores.worker.is_idle:
                 self.stop()
             await asyncio.sleep(REPORT_EVERY_S)
 

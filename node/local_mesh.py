@@ -62,7 +62,12 @@ class NodeProcess:
         return "\n".join(self._raw)
 
     async def wait_for(
-        self, name: str, timeout_s: float = 30.0, *, after: int = 0, where: Callable[[Event], bool] = lambda e: True
+        self,
+        name: str,
+        timeout_s: float = 30.0,
+        *,
+        after: int = 0,
+        where: Callable[[Event], bool] = lambda event: True,
     ) -> Event:
         """The first event of this name (after the first ``after`` events) for which ``where`` holds.
 
@@ -81,11 +86,12 @@ class NodeProcess:
                 while (event := found()) is None:
                     if self._reader.done():
                         code = await self._process.wait()
-                        raise UnreachableError(f"the node ended (exit code {code}) before {name!r}:\n{self.tail}")
+                        raise UnreachableError(f"the node ended (code {code}) before {name!r}:\n{self.tail}")
                     await self._news.wait()
                 return event
         except TimeoutError:
-            raise UnreachableError(f"no {name!r} from the node in {timeout_s:g} s; it said:\n{self.tail}") from None
+            text = f"no {name!r} from the node in {timeout_s:g} s; it said:\n{self.tail}"
+            raise UnreachableError(text) from None
 
     def signal(self, number: signal.Signals) -> None:
         """To the node and nothing else: its compute process must notice by itself."""
@@ -156,7 +162,7 @@ class LocalMesh:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("EDGEMESH_")},
             "EDGEMESH_STATE_DIR": str(self.state_dir),
             "EDGEMESH_MESH": self.mesh,
             "EDGEMESH_INTERFACES": "lo",
@@ -203,6 +209,7 @@ class LocalMesh:
         except TimeoutError:
             process.kill()
             await process.wait()
-            raise UnreachableError(f"edgemesh {' '.join(arguments)} took longer than {timeout_s:g} s") from None
+            text = f"edgemesh {' '.join(arguments)} took longer than {timeout_s:g} s"
+            raise UnreachableError(text) from None
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()

@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 __all__ = ["say", "set_up"]
@@ -24,7 +25,7 @@ def say(log: logging.Logger, event: str, text: str, level: int = logging.INFO, *
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created)) + f".{record.msecs:03.0f}",
+            "time": f"{time.strftime('%FT%T', time.localtime(record.created))}.{record.msecs:03.0f}",
             "monotonic_s": round(time.monotonic(), 4),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", record.name),
@@ -44,10 +45,21 @@ class _TextLines(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def set_up(style: Literal["text", "json"], level: int = logging.INFO) -> None:
-    """Send this process's log to stderr in the chosen form. Call once, before anything logs."""
-    handler = logging.StreamHandler(sys.stderr)
+class _Sink(logging.Handler):
+    def __init__(self, sink: Callable[[str], None]) -> None:
+        super().__init__()
+        self._sink = sink
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._sink(record.getMessage())
+
+
+def set_up(
+    style: Literal["text", "json"], level: str = "info", *, sink: Callable[[str], None] | None = None
+) -> None:
+    """Send this process's log to stderr in the chosen form, or to ``sink`` where a screen is in the way."""
+    handler = logging.StreamHandler(sys.stderr) if sink is None else _Sink(sink)
     handler.setFormatter(_JsonLines() if style == "json" else _TextLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in OURS:
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level.upper())

@@ -113,7 +113,9 @@ class Peers:
         while True:
             wait_s = SEED_EVERY_S
             try:
-                hello, address = await self._client.probe((host,), port, expect=None, timeout_s=PROBE_TIMEOUT_S)
+                hello, address = await self._client.probe(
+                    (host,), port, expect=None, timeout_s=PROBE_TIMEOUT_S
+                )
                 if hello.node != self._me:
                     self._book.setdefault(hello.node, _Place((address, *hello.addresses), hello.port))
                     self._heard(hello, address)

@@ -1,0 +1,48 @@
+"""Facts of one node as log lines: what happened, in words, and in fields for machines."""
+
+from __future__ import annotations
+
+import logging
+
+from coordinator.facts import DrainChanged, EngineLost, EngineReady
+from mesh.core import Fact
+from mesh.facts import Deposed, Elected, Followed, LinkDown, LinkUp, MemberChanged, StopBroker
+from mesh.ids import NodeId
+from node.logs import say
+
+__all__ = ["log_fact"]
+
+
+def log_fact(log: logging.Logger, fact: Fact, me: NodeId) -> None:
+    """One line for a fact people care about; the rest only at debug level."""
+    match fact:
+        case LinkUp(broker_epoch=epoch, host=host):
+            where = "its own server" if host is None else "this node" if host == me else host
+            say(log, "link_up", f"connected to the broker on {where}", broker_epoch=epoch, host=host)
+        case LinkDown(host_is_dead=True):
+            say(log, "link_down", "lost the broker: its host refuses", host_is_dead=True)
+        case LinkDown():
+            say(log, "link_down", "lost the broker", host_is_dead=False)
+        case StopBroker():
+            say(log, "broker_stopping", "everybody moved to a better broker; stopping ours")
+        case Elected(epoch=epoch):
+            say(log, "elected", f"this node coordinates (epoch {epoch})", epoch=str(epoch), term=epoch.term)
+        case Deposed(epoch=epoch):
+            say(log, "deposed", f"epoch {epoch} is over for this node", epoch=str(epoch), term=epoch.term)
+        case Followed(epoch=epoch):
+            text = f"{epoch.node} coordinates (epoch {epoch})"
+            say(log, "followed", text, epoch=str(epoch), coordinator=epoch.node, term=epoch.term)
+        case MemberChanged(node=node, standing=standing, incarnation=incarnation) if node != me:
+            text = f"{node} is {standing}"
+            say(log, "member", text, member=node, standing=str(standing), incarnation=incarnation)
+        case EngineReady(model=model, context_tokens=context_tokens, slots=slots):
+            text = f"{model} is loaded: {slots} at once, up to {context_tokens} tokens"
+            say(log, "engine_ready", text, model=model, context_tokens=context_tokens, slots=slots)
+        case EngineLost(reason=reason):
+            say(log, "engine_lost", f"compute ended: {reason}", logging.WARNING, reason=reason)
+        case DrainChanged(draining=True):
+            say(log, "draining", "taking nothing new; finishing what runs")
+        case DrainChanged():
+            say(log, "resumed", "taking work again")
+        case _:
+            log.debug("%s", fact)
