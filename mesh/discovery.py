@@ -218,6 +218,7 @@ class Discovery:
             await self._open()
             return
         try:
+            await self._announce()  # first, so that the new network never hears of our old addresses
             await self._zeroconf.async_update_interfaces(list(wanted), _ip_version(wanted))
         except (OSError, RuntimeError, NotRunningException) as error:
             self._complain_deaf(f"cannot use mDNS on {_words(wanted)}: {error}")
@@ -227,7 +228,6 @@ class Discovery:
             log.info("mDNS now speaks on %s", _words(wanted))
             self._speaking_on = wanted
             await self._browse()  # those who are on the new network announced themselves long ago: ask
-        await self._announce()
 
     def _complain_deaf(self, why: str) -> None:
         if why != self._why_deaf:
