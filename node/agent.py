@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -153,13 +154,14 @@ class Agent:
             external=settings.broker,
         )
         rows = [] if settings.headless else [STATUS.filter(settings.mesh)]
+        ours = identity.client_context()
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,
             boot=self._boot,
             filters=[*node_filters(settings.mesh, self.node), *rows],
             will=lambda: replace(self.cores.membership.state, state="offline"),
-            tls=identity.client_context(),
+            tls=lambda broker: ours if broker.host is not None else ssl.create_default_context(),
         )
         self._view = ViewBuilder(
             mesh=settings.mesh, version=__version__, fingerprint=key.fingerprint, me=self.node
