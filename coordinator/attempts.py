@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from coordinator.cluster import Cluster
-from coordinator.ledger import Ledger
 from coordinator.placement import Policy, Waiting
 from coordinator.publish import announce, event
 from coordinator.task import Task
+from coordinator.term import Term
 from mesh.core import FOREVER, Effect, Send
-from mesh.ids import Epoch, NodeId, TaskId
+from mesh.ids import Epoch, NodeId
 from mesh.messages import Assign, AttemptEnded, AttemptId, CancelAttempt, Outcome, TaskState
 
 __all__ = ["Attempts", "AttemptsConfig", "Settle", "own_outcome"]
@@ -49,30 +48,27 @@ class Attempts:
     def __init__(
         self,
         *,
-        epoch: Epoch,
-        ledger: Ledger,
-        cluster: Cluster,
+        term: Term,
         policy: Policy,
         settle: Settle,
         config: AttemptsConfig,
     ) -> None:
-        self._epoch = epoch
-        self._ledger = ledger
-        self._cluster = cluster
+        self._epoch = term.epoch
+        self._ledger = term.ledger
+        self._cluster = term.cluster
         self._policy = policy
         self._settle = settle
         self._config = config
 
     # ── to workers ──────────────────────────────────────────────────────────────────────────────────
 
-    def place(self, now: float, touched: dict[TaskId, None]) -> list[Effect]:
-        """Assign what waits to whoever is free; adds what it changed to ``touched``."""
+    def place(self, now: float) -> list[Effect]:
+        """Assign what waits to whoever is free."""
         placements = self._policy(self._waiting(now), list(self._cluster), self._ledger.in_flight)
         effects: list[Effect] = []
         for placement in placements:
             task = self._ledger.get(placement.task)
             assert task is not None, f"the policy placed task {placement.task}, which is not in the ledger"
-            touched[task.id] = None
             effects += self._assign(task, placement.node, now)
         return effects
 
@@ -108,6 +104,7 @@ class Attempts:
             return self._end(task, "cancelled", "cancelled by the client", now)
         if task.is_cancelling:
             return []
+        self._ledger.touch(task)
         task.cancel_at = now + self._config.cancel_s
         task.cancel_again_at = now + self._config.cancel_every_s
         return [self._stop(task, task.node, "cancelled by the client")]

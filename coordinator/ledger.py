@@ -32,6 +32,7 @@ class Ledger:
         self._queue: list[_Key] = []
         self._agenda: list[tuple[float, TaskId]] = []
         self._settled: dict[TaskId, None] = {}  # in the order they were settled
+        self._touched: dict[TaskId, None] = {}
         self.counts: Counter[TaskState] = Counter()
         self.in_flight: Counter[NodeId] = Counter()
         """Attempts assigned to or running on each node."""
@@ -77,6 +78,7 @@ class Ledger:
         assert task.id not in self._tasks, f"task {task.id} is in the ledger already"
         self._tasks[task.id] = task
         self._index(task)
+        self.touch(task)
 
     @contextmanager
     def changing(self, task: Task) -> Iterator[Task]:
@@ -86,12 +88,21 @@ class Ledger:
             yield task
         finally:
             self._index(task)
+            self.touch(task)
 
     def drop(self, task: Task) -> None:
         """Nothing is left to do for it and nobody will ask soon."""
         self._unindex(task)
         self._settled.pop(task.id, None)
         del self._tasks[task.id]
+
+    def touch(self, task: Task) -> None:
+        """Something about it changed: its next time must be found again."""
+        self._touched[task.id] = None
+
+    def take_touched(self) -> list[Task]:
+        touched, self._touched = self._touched, {}
+        return [self._tasks[task] for task in touched if task in self._tasks]
 
     def arm(self, task: Task, at: float) -> None:
         """Have ``due`` bring the task up at ``at`` or before."""
@@ -104,13 +115,14 @@ class Ledger:
         return self._agenda[0][0] if self._agenda else FOREVER
 
     def due(self, now: float) -> list[Task]:
-        """Tasks to look at now, earliest first; each must be armed again after."""
+        """Tasks to look at now, earliest first. They count as touched."""
         found: list[Task] = []
         while self._agenda and self._agenda[0][0] <= now:
             at, task_id = heapq.heappop(self._agenda)
             task = self._tasks.get(task_id)
             if task is not None and task.due_at == at:
                 task.due_at = FOREVER
+                self.touch(task)
                 found.append(task)
         return found
 
