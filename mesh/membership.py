@@ -214,9 +214,9 @@ class Membership:
                     return []
                 return self._on_own_state(message, now) if node == self._me else self._on_state(message, now)
             case NodeInfo(node=node, incarnation=incarnation):
-                if sender != node or node == self._me or incarnation > INCARNATION_MAX:
+                if sender != node or incarnation > INCARNATION_MAX:
                     return []
-                return self._on_info(message)
+                return self._on_own_echo(message) if node == self._me else self._on_info(message)
             case NodeReport(node=node, incarnation=incarnation):
                 if sender != node or node == self._me or incarnation > INCARNATION_MAX:
                     return []
@@ -351,13 +351,20 @@ class Membership:
         if message.state in ("offline", "left"):
             if message.incarnation >= own.incarnation:
                 return self._refute(message.incarnation, now)
-        elif message.boot == own.boot:
+        elif message.boot == own.boot and message.state == own.state:
             return []  # our own echo
-        elif life > own.life:
+        elif message.boot != own.boot and life > own.life:
             self._is_over = True
             self._wake_at = FOREVER
             return [Notify(Superseded(message.boot))]
         # An old record is in our retained topic now, or an older clone listens: both need the truth.
+        return self._announce()
+
+    def _on_own_echo(self, message: NodeInfo) -> list[Effect]:
+        """What the broker keeps of us is an older version: somewhere it was sent again, or overtook."""
+        own = self._members[self._me]
+        if message == own.info or message.incarnation > own.incarnation:
+            return []
         return self._announce()
 
     def _refute(self, incarnation: int, now: float) -> list[Effect]:
