@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import random
+import re
 import signal
 import socket
 import ssl
@@ -34,9 +36,11 @@ from mesh.broker import (
     start_broker,
 )
 from mesh.brokers.access import AccessList, anonymous_lines, matches
+from mesh.brokers.probe import accepts_clients
 from mesh.errors import ConfigError
 from mesh.identity import Identity, MeshKey, issue, wrong_key
 from mesh.ids import MeshName
+from mesh.topics import access_list
 
 KEY = MeshKey(MeshName("home"), bytes(range(32)))
 STRANGE_KEY = MeshKey(MeshName("home"), bytes(32))
@@ -267,7 +271,9 @@ async def test_a_hung_client_leaves_its_will_within_its_keepalive(
         client = await spawn_client(broker, tmp_path, "a", keepalive_s=2)
         client.send_signal(signal.SIGSTOP)
         try:
-            assert await heard(b, within_s=2 * 1.5 + 1) == (f"{ROOT}/node/a/state", b"gone", False)
+            # Mosquitto 2.0 looks at keepalives every five seconds only; nothing can be set about that.
+            slack_s = 6 if broker.kind == "mosquitto" else 1
+            assert await heard(b, within_s=2 * 1.5 + slack_s) == (f"{ROOT}/node/a/state", b"gone", False)
         finally:
             client.kill()
             await client.wait()
@@ -711,6 +717,60 @@ def test_the_access_list_reads_as_mosquitto_reads_it() -> None:
 def test_strangers_get_the_topic_lines_before_the_first_user() -> None:
     text = "topic read a\npattern write all\n user b\ntopic write b\n"
     assert anonymous_lines(text) == "topic read a\n"
+
+
+# -- the example for a site's own broker
+
+
+DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
+
+
+def test_the_access_lists_for_a_site_are_those_of_the_topic_table() -> None:
+    def without_heading(name: str) -> str:
+        return (DEPLOY / name).read_text().split("\n", 1)[1]
+
+    current = access_list(MeshName("home"))
+    assert without_heading("members.acl") == current
+    assert without_heading("strangers.acl") == anonymous_lines(current)
+    AccessList(current)
+
+
+@needs_mosquitto
+async def test_mosquitto_serves_a_mesh_with_the_example_for_a_site(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    issue(KEY, "broker", there)
+    for name in ("members.acl", "strangers.acl"):
+        (there / name).write_text((DEPLOY / name).read_text())
+    (there / "nobody.passwd").write_text("")
+    ports = free_ports(2)
+    text = (DEPLOY / "edgemesh.conf").read_text().replace("/etc/mosquitto/edgemesh", str(there))
+    text = re.sub(r"(?m)^# (?=listener|allow_|password_file|acl_file)", "", text)
+    text = text.replace("listener 8883", f"listener {ports[0]} 127.0.0.1").replace("1883", str(ports[1]))
+    config = tmp_path / "site.conf"
+    config.write_text(f"user {pwd.getpwuid(os.geteuid()).pw_name}\n{text}")
+    process = await asyncio.create_subprocess_exec(
+        *(str(mosquitto_path()), "-c", str(config)), stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        for port, context in ((ports[0], a_context(tmp_path)), (ports[1], None)):
+            async with asyncio.timeout(SOON_S):
+                while not await accepts_clients("127.0.0.1", port, context, SOON_S):
+                    assert process.returncode is None, "the example does not start"
+                    await asyncio.sleep(0.01)
+        with pytest.raises(aiomqtt.MqttError):
+            async with aiomqtt.Client("127.0.0.1", ports[1], username="a", timeout=SOON_S):
+                pytest.fail("a name that is only said was believed")
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 # -- helpers that stand for the rest of the world
