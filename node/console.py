@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from node.tui import event_lines, header, node_table, task_table
+from node.tui import header, node_table, task_table
 from node.view import NodeRow, TaskRow, View
 
 __all__ = ["nodes_out", "status_out", "table_out", "tasks_out"]
@@ -24,18 +24,21 @@ def _console() -> Console:
 
 def _put(*parts: RenderableType) -> None:
     console = _console()
-    for part in parts:
-        console.print(part)
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    with console.capture() as capture:
+        console.print(*parts, sep="\n")
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    sys.stdout.write("".join(f"{line}\n" for line in lines if line.strip("─") or not line))  # words only
 
 
 def status_out(view: View) -> None:
-    """The whole picture, once."""
+    """The whole picture, once. Without events: whoever just came has only seen who was there already."""
     console = _console()
     _put(*header(view, console.width), node_table(view.nodes, console.width))
     if view.tasks:
         _put("", task_table(view.tasks, console.width))
-    if view.events:
-        _put("", *event_lines(view.events[-10:]))
 
 
 def nodes_out(nodes: Sequence[NodeRow]) -> None:

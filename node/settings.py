@@ -261,7 +261,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="plain", parse=_switch, flag="--no-plain", flag_sets=False,
             help="No unencrypted MQTT listener on loopback (for mosquitto_pub on this machine)."),
     Setting(name="plain_port", parse=_port, metavar="PORT",
-            help="Port of that listener [default: 1883 if free, else any]."),
+            help="Port of that listener [default: any free one; `edgemesh mqtt` tells it]."),
     Setting(name="compute", parse=_switch, flag="--no-compute", flag_sets=False,
             help="Load no model: relay, coordinate and host the broker only."),
     Setting(name="model", parse=_text, metavar="NAME|PATH",

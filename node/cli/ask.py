@@ -224,12 +224,9 @@ def _put(text: str) -> None:
 
 def _tell(status: TaskStatus) -> None:
     """One line of talk per change that people care about."""
-    if status.node is not None and status.state in ("assigned", "running"):
+    if status.node is not None and status.state == "running":
         again = f" (attempt {status.attempt})" if status.attempt > 1 else ""
-        text = (
-            f"{status.node} answers{again}" if status.state == "running" else f"goes to {status.node}{again}"
-        )
-        click.secho(text, err=True, dim=True)
+        click.secho(f"{status.node} answers{again}", err=True, dim=True)
     elif status.state == "queued" and status.reason:
         click.secho(f"queued: {status.reason}", err=True, dim=True)
 

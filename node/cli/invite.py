@@ -96,7 +96,10 @@ def _site_arguments(broker: KnownBroker) -> list[str]:
 @as_json
 @settings_flags(*REACH)
 def mqtt(name: str, is_json: bool, **flags: Any) -> None:
-    """Issue a client certificate; print mosquitto_pub and mosquitto_sub lines that work here."""
+    """Print mosquitto_pub and mosquitto_sub lines that work here.
+
+    Issues the client certificate they use.
+    """
     from node.client import find_broker
     from node.joining import known_key
 
@@ -120,7 +123,7 @@ def mqtt(name: str, is_json: bool, **flags: Any) -> None:
             "cert": str(identity.cert_path),
             "key": str(identity.key_path),
         }
-        note = f"TLS, with the certificate '{name}'; copy its files to use them elsewhere"
+        note = f"TLS, as client '{name}' (copy its files to use them elsewhere)"
         ways.append(("tls", note, shell_lines(mesh, _tls_arguments(broker, identity, is_here=is_here))))
         if is_here and broker.plain_port is not None:
             record["plain_port"] = broker.plain_port
@@ -131,8 +134,7 @@ def mqtt(name: str, is_json: bool, **flags: Any) -> None:
         click.echo(json.dumps(record))
         return
     for _, note, lines in ways:
-        click.echo(f"# {note}; first listen, then, in another terminal, ask")
-        click.echo(f"{lines.subscribe}\n{lines.publish}\n")
+        click.echo(f"# {note}: listen, then ask from another terminal\n{lines.subscribe}\n{lines.publish}\n")
 
 
 COMMANDS = (token, mqtt)

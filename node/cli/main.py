@@ -67,7 +67,7 @@ class _Mesh(click.Group):
         for title, names in SECTIONS:
             commands = [(name, self.commands[name]) for name in names if name in self.commands]
             with formatter.section(title):
-                formatter.write_dl([(name, command.get_short_help_str(70)) for name, command in commands])
+                formatter.write_dl([(name, command.get_short_help_str(85)) for name, command in commands])
 
 
 @click.group(

@@ -67,7 +67,10 @@ def _welcome(joined: JoinKey, chosen: Chosen) -> None:
 @click.option("--resume", is_flag=True, help="Take new work again.")
 @settings_flags(*REACH)
 def drain(nodes: tuple[str, ...], resume: bool, **flags: Any) -> None:
-    """Let NODES finish what they run and take nothing new (default: the nodes on this device)."""
+    """Let NODES finish what they run and take no new work.
+
+    Without NODES: those that run on this device.
+    """
     _tell(nodes, choose(flags), on=not resume, leave=False)
 
 
@@ -75,7 +78,10 @@ def drain(nodes: tuple[str, ...], resume: bool, **flags: Any) -> None:
 @click.argument("nodes", nargs=-1)
 @settings_flags(*REACH)
 def leave(nodes: tuple[str, ...], **flags: Any) -> None:
-    """Drain NODES, then stop them (default: the nodes on this device)."""
+    """Drain NODES, then stop them.
+
+    Without NODES: those that run on this device.
+    """
     _tell(nodes, choose(flags), on=True, leave=True)
 
 
