@@ -56,6 +56,7 @@ ASK_TIMEOUT_S = 3.0
 
 LOOK_EVERY_S = 2.0  # one getifaddrs call, 0.4 ms: 0.02 % of a core
 RECONCILE_EVERY_S = 10.0  # retries sockets that did not open (an IPv6 address is tentative for 1-2 s)
+RETRY_EVERY_S = 60.0  # when mDNS failed altogether; zeroconf logs every failure, so not more often
 BROWSE_EVERY_S = 60.0  # four queries a minute; also drops what forged names left in the browser's schedule
 COMPLAIN_EVERY_S = 60.0
 GREET_SPREAD_S = 0.05  # so that a hundred nodes do not greet a newcomer in the same millisecond
@@ -108,7 +109,9 @@ class Discovery:
         self._browser: AsyncServiceBrowser | None = None
         self._announced: Advert | None = None
         self._speaking_on: tuple[str | int, ...] = ()
-        self._why_deaf = ""
+        self._wanted: tuple[str | int, ...] = ()
+        self._addresses: tuple[str, ...] = ()
+        self._failing = ""
         self._announcing: asyncio.Future[None] | None = None
         self._announce_turn = asyncio.Lock()
         self._group = asyncio.TaskGroup()
@@ -127,6 +130,7 @@ class Discovery:
         missing = missing_names(self._interfaces)
         if missing:
             log.warning("no interface is called %s (yet); `ip -br address` lists them", ", ".join(missing))
+        self._wanted, self._addresses = _sockets_for(self._interfaces), local_addresses(self._interfaces)
         await self._open()
         await self._group.__aenter__()
         self._watching = [
@@ -174,22 +178,21 @@ class Discovery:
 
     async def _open(self) -> None:
         """Start mDNS on the chosen interfaces, else on loopback, else not at all."""
-        wanted = _sockets_for(self._interfaces)
-        for choice in dict.fromkeys((wanted, (LOOPBACK,))):
+        failures: list[str] = []
+        for choice in dict.fromkeys((self._wanted, (LOOPBACK,))):
             try:
                 self._zeroconf = AsyncZeroconf(interfaces=list(choice), ip_version=_ip_version(choice))
                 await self._zeroconf.zeroconf.async_wait_for_start()
             except (OSError, RuntimeError, NotRunningException) as error:
                 await self._close()
-                self._complain_deaf(f"cannot use mDNS on {_words(choice)}: {error}")
+                failures.append(f"{_words(choice)} ({error})")
                 continue
-            if choice == wanted:
-                self._why_deaf = ""
+            self._complain(failures, "only nodes on this machine are found, and those by --seed HOST:PORT")
             self._speaking_on = choice
             await self._browse()
             await self._announce()
             return
-        log.warning("mDNS is off; other nodes are found by --seed HOST:PORT only")
+        self._complain(failures, "other nodes are found by --seed HOST:PORT only")
 
     async def _close(self) -> None:
         if self._announcing is not None:
@@ -202,16 +205,20 @@ class Discovery:
         self._zeroconf = self._browser = self._announced = self._announcing = None
 
     async def _watch_interfaces(self) -> None:
-        since_reconcile_s = 0.0
+        since_s = 0.0
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            since_reconcile_s += LOOK_EVERY_S
-            wanted = _sockets_for(self._interfaces)
-            is_due = since_reconcile_s >= RECONCILE_EVERY_S
-            if not is_due and (wanted == self._speaking_on or self._why_deaf):
+            since_s += LOOK_EVERY_S
+            try:
+                wanted = _sockets_for(self._interfaces)
+                self._addresses = local_addresses(self._interfaces)
+            except OSError as error:  # looking takes a file descriptor, and there may be none left
+                log.warning("cannot look at the network interfaces: %s", error)
                 continue
-            since_reconcile_s = 0.0
-            await self._speak_on(wanted)
+            if wanted != self._wanted or since_s >= (RETRY_EVERY_S if self._failing else RECONCILE_EVERY_S):
+                since_s = 0.0
+                self._wanted = wanted
+                await self._speak_on(wanted)
 
     async def _speak_on(self, wanted: tuple[str | int, ...]) -> None:
         if self._zeroconf is None:
@@ -221,18 +228,20 @@ class Discovery:
             await self._announce()  # first, so that the new network never hears of our old addresses
             await self._zeroconf.async_update_interfaces(list(wanted), _ip_version(wanted))
         except (OSError, RuntimeError, NotRunningException) as error:
-            self._complain_deaf(f"cannot use mDNS on {_words(wanted)}: {error}")
+            self._complain([f"{_words(wanted)} ({error})"], "trying again every minute")
             return
-        self._why_deaf = ""
+        self._complain([], "")
         if wanted != self._speaking_on:
             log.info("mDNS now speaks on %s", _words(wanted))
             self._speaking_on = wanted
             await self._browse()  # those who are on the new network announced themselves long ago: ask
 
-    def _complain_deaf(self, why: str) -> None:
-        if why != self._why_deaf:
-            log.warning("%s", why)
-            self._why_deaf = why
+    def _complain(self, failures: list[str], so: str) -> None:
+        """Say what fails when it begins to fail or fails differently; no failures end the matter."""
+        failing = f"cannot use mDNS on {', '.join(failures)}: {so}" if failures else ""
+        if failing and failing != self._failing:
+            log.warning("%s", failing)
+        self._failing = failing
 
     # ── being found ─────────────────────────────────────────────────────────────────────────────────
 
@@ -251,7 +260,7 @@ class Discovery:
                 return
             advert = self._advert
             if not advert.addresses:
-                advert = replace(advert, addresses=local_addresses(self._interfaces))
+                advert = replace(advert, addresses=self._addresses)
             if advert == self._announced and not again:
                 return
             if self._announcing is not None:
@@ -263,7 +272,7 @@ class Discovery:
                 else:
                     sent = await self._zeroconf.async_update_service(service)
             except (OSError, NotRunningException) as error:
-                self._complain_deaf(f"cannot announce this node by mDNS: {error}")
+                log.warning("cannot announce this node by mDNS: %s", error)
                 return
             self._announced = advert
             # Sent three times over 0.45 s. Nobody waits for the repetitions, but a failure must be seen.
@@ -272,7 +281,7 @@ class Discovery:
 
     def _on_announced(self, sent: asyncio.Future[None]) -> None:
         if not sent.cancelled() and (error := sent.exception()) is not None:
-            self._complain_deaf(f"cannot announce this node by mDNS: {error}")
+            log.warning("cannot announce this node by mDNS: %s", error)
 
     # ── finding ─────────────────────────────────────────────────────────────────────────────────────
 

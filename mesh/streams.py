@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 import ssl
 import time
@@ -452,6 +453,11 @@ def _host_port(address: str, port: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.InvalidURL):
+        return "not an address"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.strerror or str(error.os_error)
+        inner = error.os_error
+        if isinstance(inner, socket.gaierror) or inner.errno is None:
+            return str(error.strerror)
+        return os.strerror(inner.errno)
     return str(error) or type(error).__name__

@@ -73,8 +73,11 @@ async def test_who_asks_the_wrong_mesh_learns_that_the_key_is_wrong(
             await client.hello("127.0.0.1", server.port, 5)
 
 
-async def test_who_is_not_a_member_gets_no_answer(
-    home: Callable[[str], Identity], stranger: Identity, client: PeerClient
+async def test_who_is_not_a_member_gets_no_answer_and_one_line_in_the_log(
+    home: Callable[[str], Identity],
+    stranger: Identity,
+    client: PeerClient,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     curious = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     curious.check_hostname, curious.verify_mode = False, ssl.CERT_NONE
@@ -92,6 +95,7 @@ async def test_who_is_not_a_member_gets_no_answer(
                 pass
             assert answer == b""
             writer.close()
+        assert [record.levelname for record in caplog.records if "join code" in record.message] == ["WARNING"]
         assert await client.hello("127.0.0.1", server.port, 5) == hello_of("pi")
 
 
@@ -129,6 +133,8 @@ async def test_an_address_that_cannot_be_one_is_unreachable(client: PeerClient) 
     for nonsense in ("", "not a host", "1.2.3.4.5", "%%", "fe80::zz", "x" * 300, "a/b", "ü\0"):
         with pytest.raises(UnreachableError):
             await client.hello(nonsense, 1, 2)
+    with pytest.raises(UnreachableError):
+        await client.hello("127.0.0.1", 70_000, 2)
 
 
 async def test_the_server_survives_garbage(home: Callable[[str], Identity], client: PeerClient) -> None:
