@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-__all__ = ["CALM", "Chaos", "Faults", "draw_faults"]
+__all__ = ["CALM", "CATCH_UP_S", "Chaos", "Faults", "draw_faults"]
 
 # Faults that hit one node hit the one elected last this often: most rules are about it.
 COORDINATOR_P = 0.4
+
+# What a node that was away needs to hear what it missed, under the delays drawn here: to connect, to be
+# asked (at most 5 s apart) and to be told.
+CATCH_UP_S = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +35,7 @@ class Faults:
     drop_p: float = 0.0
     """A QoS 0 packet vanishes."""
     duplicate_p: float = 0.0
-    """A QoS 1 packet arrives twice, the second time up to ``spike_s`` + 1 s later."""
+    """After a QoS 1 packet its connection sends the last few again, within ``spike_s`` + 1 s."""
     break_p: float = 0.0
     """A packet takes its connection with it; everything in flight on it is lost."""
     reorder: bool = False
@@ -58,7 +62,7 @@ class Faults:
     drift: float = 0.0
     """Clocks run fast or slow by up to this share."""
     one_at_a_time: bool = False
-    """At most one node is down, stopped or cut off at any time."""
+    """At most one node is down, stopped or cut off at a time, and the last one is back for ``CATCH_UP_S``."""
 
 
 CALM = Faults()
@@ -136,7 +140,7 @@ class Chaos:
 
     def _victim(self) -> str | None:
         world = self._world
-        if world.faults.one_at_a_time and any(not world.is_well(node) for node in world.hosts):
+        if world.faults.one_at_a_time and not world.is_all_well():
             return None
         if world.last_elected is not None and self._rng.random() < COORDINATOR_P:
             return world.last_elected
@@ -147,10 +151,11 @@ class Chaos:
             self._world.cut_off(node, _log_uniform(self._rng, 0.2, 15.0))
 
     def _restart_broker(self) -> None:
-        brokers = [broker for broker in self._world.network.brokers.values() if broker.is_up]
-        if brokers:
-            keeps = self._rng.random() >= self._world.faults.broker_forgets_p
-            self._world.network.restart_broker(
+        world = self._world
+        brokers = [broker for broker in world.network.brokers.values() if broker.is_up]
+        if brokers and not (world.faults.one_at_a_time and not world.is_all_well()):
+            keeps = self._rng.random() >= world.faults.broker_forgets_p
+            world.network.restart_broker(
                 self._rng.choice(brokers), keeps_retained=keeps, down_s=_log_uniform(self._rng, 0.05, 5.0)
             )
 

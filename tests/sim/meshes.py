@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from random import Random
+from unittest.mock import patch
 
-from coordinator.holder import Holder
-from coordinator.scheduler import Scheduler
-from coordinator.store import RecordStore
-from coordinator.worker import Worker
-from mesh.core import Core, Save, Stack
-from mesh.election import Election
-from mesh.fence import Fence
-from mesh.membership import INCARNATION_KEY, Membership
-from mesh.messages import NodeState, TaskRecord
+from coordinator import stack
+from mesh.core import Core, Message, Save
+from mesh.facts import BrokerRef
+from mesh.membership import INCARNATION_KEY
+from mesh.messages import NodeState
+from tests.sim.checkers import disks_agree
 from tests.sim.clients import SimClient, clients_of
-from tests.sim.elections import fence_from, is_settled
+from tests.sim.elections import is_settled
 from tests.sim.engine import EngineShell, info_of
 from tests.sim.faults import Faults, draw_faults
 from tests.sim.world import Birth, World
 
-__all__ = ["Mesh", "Parts", "mesh_world"]
+__all__ = ["Mesh", "mesh_world"]
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The classes a node is built from; mutants replace one."""
+SITE_BROKER = BrokerRef(epoch=0, host=None, addresses=("site",), port=1883)
 
-    fence: type[Fence] = Fence
-    election: type[Election] = Election
-    scheduler: type[Scheduler] = Scheduler
-    holder: type[Holder] = Holder
-    worker: type[Worker] = Worker
-    store: type[RecordStore] = RecordStore
+Parts = Mapping[str, type]
+"""Names in ``coordinator.stack`` and what to build a node from instead; only mutants replace anything."""
 
 
 @dataclass(slots=True)
@@ -50,12 +43,8 @@ class Mesh:
         return all(client.is_content for client in self.clients)
 
     @property
-    def n_open_on_disks(self) -> int:
-        return sum(
-            isinstance(record, TaskRecord) and record.outcome is None
-            for host in self.world.hosts.values()
-            for record in host.disk.values()
-        )
+    def disks(self) -> dict[str, dict[str, Message]]:
+        return {node: host.disk for node, host in self.world.hosts.items()}
 
     def storm(self, seconds: float) -> None:
         self.world.start_all()
@@ -78,27 +67,29 @@ class Mesh:
                 if asked.is_acknowledged and not asked.is_over
             ]
             return f"acknowledged, and no result came: {missing}"
-        if not world.run_until(lambda: not self.n_open_on_disks, within_s=within_s):
-            return "a disk still has an open record of a task that ended"
+        if not world.run_until(lambda: not disks_agree(self.disks), within_s=within_s):
+            return f"disks differ: {disks_agree(self.disks)}"
         return None
 
 
-def build_with(parts: Parts) -> Callable[[Birth], Core]:
+def build_with(parts: Parts, wrap: Callable[[Core], Core]) -> Callable[[Birth], Core]:
     def build(birth: Birth) -> Core:
         known = birth.disk.get(INCARNATION_KEY)
         incarnation = known.incarnation + 1 if isinstance(known, NodeState) else 1
         me = NodeState(node=birth.node, state="online", incarnation=incarnation, boot=birth.boot)
-        fence = fence_from(birth, parts.fence)
-        store = parts.store(now=birth.now, journal=birth.disk)
-        return Stack(
-            [
-                Membership(me=me, info=info_of(birth.node), now=birth.now),
-                parts.election(me=birth.node, fence=fence, rng=birth.rng, now=birth.now),
-                parts.scheduler(me=birth.node, fence=fence, store=store, rng=birth.rng),
-                parts.holder(me=birth.node, fence=fence, store=store),
-                parts.worker(me=birth.node, fence=fence, store=store, now=birth.now),
-            ]
-        )
+        birth.disk[INCARNATION_KEY] = me
+        with ExitStack() as planted:
+            for name, kind in parts.items():
+                planted.enter_context(patch.object(stack, name, kind))
+            cores = stack.build_cores(
+                me=me,
+                info=info_of(birth.node),
+                records=birth.disk,
+                rng=birth.rng,
+                now=birth.now,
+                external=SITE_BROKER,
+            )
+        return wrap(cores.stack)
 
     return build
 
@@ -111,6 +102,7 @@ def mesh_world(
     one_at_a_time: bool = False,
     n_brokers: int = 1,
     parts: Parts | None = None,
+    wrap: Callable[[Core], Core] = lambda core: core,
     keeps: Callable[[Save], bool] = lambda save: True,
     n_tasks: int | None = None,
     length_s: float = 30.0,
@@ -123,7 +115,7 @@ def mesh_world(
     world = World(
         seed,
         n_nodes=n_nodes,
-        build=build_with(parts or Parts()),
+        build=build_with(parts or {}, wrap),
         faults=faults or drawn,
         shell=shell,
         brokers=["site", *(f"site-{index}" for index in range(1, n_brokers))],

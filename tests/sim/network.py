@@ -2,12 +2,13 @@
 
 What a broker gives: one total order per broker life, retained messages, last wills, one connection per
 client name (a second takes it over). What a connection gives: order in each direction, until it breaks
-and everything in flight is lost. QoS 0 may vanish, QoS 1 may come twice. ``Faults.reorder`` takes the
-order away too, which MQTT does not allow.
+and everything in flight is lost. QoS 0 may vanish; the last QoS 1 packets may all come again, in order
+(1 2 3 4 3 4). ``Faults.reorder`` takes the order away too, which MQTT does not allow.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from random import Random
@@ -25,6 +26,9 @@ __all__ = ["SITE", "Broker", "Connection", "Endpoint", "Network"]
 SITE = "site"
 """Where the site's own broker lives: a machine of its own that is cut off from nobody by a node's death."""
 
+# Unacknowledged packets that are sent again after a hiccup; real clients keep about twenty in flight.
+RESEND_MAX = 4
+RESENT = -1  # in place of a QoS: neither dropped nor sent a third time
 KEEPALIVE_S = 3.0  # 1.5 times the bus's 2 s, as the standard has it
 BACKOFF_S = (0.05, 0.6)
 # A retained TaskResult can be cleared only by the coordinator; a run makes a few dozen tasks.
@@ -71,7 +75,9 @@ class Endpoint(Protocol):
 class Connection:
     """One TCP connection. ``cut_up``/``cut_down`` say that what is in flight that way is lost."""
 
-    __slots__ = ("broker", "cut_down", "cut_up", "down_at", "endpoint", "is_open", "up_at", "will")
+    __slots__ = (
+        "broker", "cut_down", "cut_up", "down_at", "endpoint", "is_open", "sent_down", "sent_up", "up_at", "will",
+    )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, broker: Broker, will: NodeState | None, now: float) -> None:
         self.endpoint = endpoint
@@ -79,6 +85,9 @@ class Connection:
         self.will = will
         self.up_at = self.down_at = now
         self.cut_up = self.cut_down = False
+        self.sent_up: deque[tuple[Any, ...]] = deque(maxlen=RESEND_MAX)
+        self.sent_down: deque[tuple[Any, ...]] = deque(maxlen=RESEND_MAX)
+        """The last QoS 1 packets that way, which may all be sent again, in order, as MQTT has it."""
         self.is_open = False
         """The client knows that it is connected and subscribed."""
 
@@ -296,8 +305,18 @@ class Network:
             self.break_connection(connection, slowly=rng.random() < 0.3)
             return
         self._up(connection, row, key, message)
-        if row.qos == 1 and faults.duplicate_p and rng.random() < faults.duplicate_p:
-            self.queue.after(rng.uniform(0, faults.spike_s + 1), self._up, connection, row, key, message)
+        if row.qos == 1 and faults.duplicate_p:
+            connection.sent_up.append((row, key, message))
+            if rng.random() < faults.duplicate_p:
+                self.queue.after(rng.uniform(0, faults.spike_s + 1), self._resend_up, connection)
+
+    def _resend_up(self, connection: Connection) -> None:
+        for packet in list(connection.sent_up):
+            self._up(connection, *packet)
+
+    def _resend_down(self, connection: Connection) -> None:
+        for action, args in list(connection.sent_down):
+            self._down(connection, RESENT, action, *args)
 
     def _up(self, connection: Connection, row: Topic, key: Hashable, message: Any) -> None:
         at = self.queue.now + self._delay()
@@ -354,8 +373,10 @@ class Network:
         if not faults.reorder:
             at = connection.down_at = max(at, connection.down_at)
         self.queue.at(at, action, connection, *args)
-        if qos == 1 and args and faults.duplicate_p and self._rng.random() < faults.duplicate_p:
-            self.queue.at(at + self._rng.uniform(0, faults.spike_s + 1), action, connection, *args)
+        if qos == 1 and args and faults.duplicate_p:
+            connection.sent_down.append((action, args))
+            if self._rng.random() < faults.duplicate_p:
+                self.queue.after(self._rng.uniform(0, faults.spike_s + 1), self._resend_down, connection)
 
     def _arrive(self, connection: Connection, message: Any, sender: str) -> None:
         if not connection.cut_down and connection.endpoint.connection is connection:

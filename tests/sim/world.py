@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from mesh.ids import Boot, NodeId, new_boot
 from mesh.messages import CancelTask, Drain, LeaseRecord, NodeForgotten, NodeState, TaskForgotten, TaskReply
 from tests.sim.clock import LocalClock
 from tests.sim.events import EventQueue
-from tests.sim.faults import CALM, Chaos, Faults
+from tests.sim.faults import CALM, CATCH_UP_S, Chaos, Faults
 from tests.sim.history import Entry, History
 from tests.sim.network import BACKOFF_S, SITE, Broker, Connection, Network
 
@@ -42,11 +42,11 @@ SAVE_WEIGHT = 10
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """What a process knows when it starts."""
+    """What a process knows when it starts; what its shell writes to ``disk`` is durable before that."""
 
     node: NodeId
     boot: Boot
-    disk: Mapping[str, Message]
+    disk: dict[str, Message]
     rng: Random
     now: float
 
@@ -121,10 +121,12 @@ class Life:
         self._take(self._learn_link_down, LinkDown(host_is_dead))
 
     def _learn_link_up(self, fact: LinkUp, now: float) -> list[Effect]:
+        self.world.trouble_at = self.world.queue.now
         self.world.note(fact, self)
         return self.core.learn(fact, now)
 
     def _learn_link_down(self, fact: LinkDown, now: float) -> list[Effect]:
+        self.world.trouble_at = self.world.queue.now
         self.world.network.connect(self, self.world.rng.uniform(*BACKOFF_S))
         return self.core.learn(fact, now)
 
@@ -146,6 +148,7 @@ class Life:
         """What the process was in the middle of goes out first, then time, then what arrived meanwhile."""
         if not self.is_alive or self.is_stopped():
             return
+        self.world.trouble_at = self.world.queue.now
         unsent, self._unsent = self._unsent, []
         self.carry_out(unsent)
         while self._waiting and self.is_alive and not self.is_stopped():
@@ -278,6 +281,8 @@ class World:
         self._chaos: Chaos | None = None
         self.last_elected: NodeId | None = None
         """Whom faults like best."""
+        self.trouble_at = 0.0
+        """When a process, or its link, last stopped or came back."""
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -329,7 +334,7 @@ class World:
         rng = Random(f"{self.seed}/{node}/{host.n_lives}")
         life = Life(self, host, new_boot(rng), LocalClock.draw(rng, self.faults.drift, self.now))
         host.life = life
-        life.core = self._build(Birth(node, life.boot, dict(host.disk), rng, life.now()))
+        life.core = self._build(Birth(node, life.boot, host.disk, rng, life.now()))
         self.note("started", life)
         if self.shell is not None:
             self.shell.on_start(life)
@@ -403,14 +408,18 @@ class World:
         life = self.hosts[node].life
         return (
             life is not None
+            and life.connection is not None
+            and life.connection.is_open
             and not life.is_stopped()
             and all(self.network.is_reachable(node, broker.place) for broker in self.network.brokers.values())
         )
 
+    def is_all_well(self) -> bool:
+        """Everybody runs and listens, and nobody's link changed for long enough to have caught up."""
+        return self.now - self.trouble_at >= CATCH_UP_S and all(self.is_well(node) for node in self.hosts)
+
     def may_break(self, node: NodeId) -> bool:
-        return not self.faults.one_at_a_time or all(
-            self.is_well(other) for other in self.hosts if other != node
-        )
+        return not self.faults.one_at_a_time or self.is_all_well()
 
     def cores(self) -> dict[NodeId, Core]:
         return {node: host.life.core for node, host in self.hosts.items() if host.life is not None}
