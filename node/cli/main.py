@@ -9,7 +9,7 @@ import click
 
 from mesh.errors import ConfigError, EdgemeshError, TaskError, UnreachableError, WrongKeyError
 from node import __version__
-from node.cli import ask, configure, invite, look, node_life
+from node.cli import ask, configure, invite, look, node_life, show
 
 __all__ = ["cli", "exit_code", "main"]
 
@@ -89,7 +89,7 @@ def cli() -> None:
     """
 
 
-for family in (node_life, ask, look, invite, configure):
+for family in (node_life, ask, look, invite, configure, show):
     for command in family.COMMANDS:
         cli.add_command(command)
 
