@@ -294,6 +294,17 @@ def test_a_cable_plugged_in_later_is_noticed(lan: Lan) -> None:
 
 
 @on_a_lan
+def test_a_new_address_is_noticed(lan: Lan) -> None:
+    pi, nuc = lan.host("pi", "10.77.0.1/24"), lan.host("nuc", "10.77.0.2/24")
+    moving, watcher = Device(pi, "pi"), Device(nuc, "nuc")
+    moving.ready(), watcher.ready()
+    watcher.expect(5, event="hello", node="pi", address="10.77.0.1")
+    pi.ip("address", "del", "10.77.0.1/24", "dev", "eth0")  # as a DHCP lease that was not renewed
+    pi.ip("address", "add", "10.77.0.9/24", "dev", "eth0")
+    watcher.expect(15, event="hello", node="pi", address="10.77.0.9")
+
+
+@on_a_lan
 def test_devices_with_nothing_but_link_local_ipv6_find_each_other(lan: Lan) -> None:
     one, two = Device(lan.host("pi"), "pi"), Device(lan.host("nuc"), "nuc")
     one.ready(), two.ready()

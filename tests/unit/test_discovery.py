@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mesh.adverts import TXT_BYTES_MAX, Advert, Sighting, read_txt, txt_of
 from mesh.ids import Boot, MeshName, NodeId
+from mesh.interfaces import chosen_interfaces, local_addresses, missing_names
 from mesh.wire import PROTOCOL
 
 ADVERT = Advert(
@@ -97,3 +98,17 @@ def test_an_advert_cannot_hold_what_could_not_be_announced() -> None:
     for wrong in ({"port": 0}, {"node": "Ü"}, {"fingerprint": "secret key"}, {"addresses": ("x",) * 17}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Advert(**{**fields, **wrong})
+
+
+def test_loopback_is_used_only_when_it_is_named_or_alone() -> None:
+    assert local_addresses(("lo",)) == ("127.0.0.1",)
+    assert local_addresses(("127.0.0.1",)) == ("127.0.0.1",)
+    assert local_addresses(("no-such-interface",)) == ("127.0.0.1",)
+    real = chosen_interfaces()
+    assert not any(interface.name == "lo" for interface in real)
+    assert ("127.0.0.1" in local_addresses()) == (not real)
+
+
+def test_what_nobody_has_is_named_missing() -> None:
+    assert missing_names(("lo", "127.0.0.1", "wlan9", "203.0.113.9")) == ("wlan9", "203.0.113.9")
+    assert missing_names(None) == ()
