@@ -17,8 +17,10 @@ import re
 import signal
 import socket
 from collections import deque
+from collections.abc import Coroutine
 from logging import DEBUG, ERROR, INFO, getLogger
 from pathlib import Path
+from typing import Any
 
 from mesh.broker import (
     CLIENTS_MAX,
@@ -47,6 +49,7 @@ exec "$1" -c "$2"
 """
 
 _START_TIMEOUT_S = 10.0  # 20 ms on a laptop; a Raspberry Pi 3 under load took a second
+_PROBE_S = 2.0
 _PORT_TRIES = 8  # another process may take a free port between our look and Mosquitto's bind
 _LOG_LINES_KEPT = 20  # for the reason of a death; the rest is in the log
 
@@ -135,19 +138,27 @@ class MosquittoBroker:
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 pause_s = 0.005
-                while not await accepts_clients(host, self.port, context, _START_TIMEOUT_S):
-                    # Polling: Mosquitto has no other way to say that it listens. It wakes early at a death.
+                while not await self._answers_or_dies(accepts_clients(host, self.port, context, _PROBE_S)):
+                    # Polling: Mosquitto has no other way to say that it listens. A death ends the pause.
                     await asyncio.wait([self._death], timeout=pause_s)
-                    if self._death.done():
-                        raise BrokerStartError(f"mosquitto did not start: {self._death.result()}")
                     pause_s = min(0.2, pause_s * 2)
         except TimeoutError:
             raise BrokerStartError(
                 f"mosquitto accepted no client at {host}:{self.port} within {_START_TIMEOUT_S:.0f} s: "
                 f"{self._reason(None)}"
             ) from None
-        if self._death.done():  # another mesh process answered in its place
-            raise BrokerStartError(f"mosquitto did not start: {self._death.result()}")
+
+    async def _answers_or_dies(self, asking: Coroutine[None, None, bool]) -> bool:
+        """The answer, unless Mosquitto dies first: whoever has the port then may keep us waiting."""
+        probe = asyncio.create_task(asking, name="mosquitto.probe")
+        try:
+            either: list[asyncio.Future[Any]] = [probe, self._death]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._death.done():
+                raise BrokerStartError(f"mosquitto did not start: {self._death.result()}")
+            return probe.result()
+        finally:
+            probe.cancel()
 
     async def _watch_process(self, process: asyncio.subprocess.Process) -> None:
         """Forward the log until Mosquitto ends; then say why, and end its watcher."""

@@ -35,6 +35,7 @@ from mesh.broker import (
     mosquitto_path,
     start_broker,
 )
+from mesh.brokers import mosquitto_broker
 from mesh.brokers.access import AccessList, anonymous_lines, matches
 from mesh.brokers.probe import accepts_clients
 from mesh.errors import ConfigError
@@ -107,9 +108,8 @@ async def member(broker: RunningBroker, identity: Identity, **more: Any) -> Asyn
         broker.port,
         tls_context=identity.client_context(),
         tls_insecure=True,
-        timeout=SOON_S,
         socket_options=AT_ONCE,
-        **more,
+        **{"timeout": SOON_S, **more},
     ) as client:
         yield client
 
@@ -359,6 +359,17 @@ async def test_the_quality_of_service_is_the_lower_of_both(broker: RunningBroker
         assert qualities == {b"0 to 1": 0, b"1 to 1": 1, b"1 to 0": 0, b"2 to 1": 1}
 
 
+async def test_subscribing_again_replaces_the_quality_of_service(
+    broker: RunningBroker, tmp_path: Path
+) -> None:
+    async with node(broker, tmp_path, "a") as a:
+        for qos in (0, 1, 0, 1):
+            await a.subscribe(f"{ROOT}/task/#", qos=qos)
+            await a.publish(f"{ROOT}/task/1/status", "x", qos=1)
+            async with asyncio.timeout(SOON_S):
+                assert (await anext(aiter(a.messages))).qos == qos
+
+
 async def test_after_unsubscribing_nothing_comes(broker: RunningBroker, tmp_path: Path) -> None:
     async with node(broker, tmp_path, "a") as a:
         await a.subscribe([(f"{ROOT}/task/#", 1), (f"{ROOT}/coordinator", 1)])
@@ -392,6 +403,7 @@ GARBAGE: dict[str, Callable[[], bytes]] = {
     "broker's own packet": lambda: CONNECT + b"\x20\x02\x00\x00",
     "subscribe to nothing": lambda: CONNECT + b"\x82\x02\x00\x01",
     "subscribe with a lying length": lambda: CONNECT + b"\x82\x07\x00\x01\x00\xffabc",
+    "subscribe torn in its second filter": lambda: CONNECT + b"\x82\x0b\x00\x01\x00\x01a\x01\x00\x09abc",
     "publish to a wildcard": lambda: CONNECT + b"\x30\x05\x00\x03a/#",
     "publish to no topic": lambda: CONNECT + b"\x30\x02\x00\x00",
     "publish with quality 3": lambda: CONNECT + b"\x36\x05\x00\x01a\x00\x01",
@@ -434,7 +446,7 @@ async def test_a_packet_over_the_limit_ends_its_sender(broker: RunningBroker, tm
         await b.subscribe(f"{ROOT}/node/+/state", qos=1)
         will = aiomqtt.Will(f"{ROOT}/node/a/state", "gone", qos=1)
         with pytest.raises(aiomqtt.MqttError):
-            async with node(broker, tmp_path, "a", will=will) as a:
+            async with node(broker, tmp_path, "a", will=will, timeout=1) as a:
                 await a.publish(f"{ROOT}/node/a/to/b", bytes(PACKET_BYTES_MAX + 1))
                 await heard(a)
         assert (await heard(b))[1] == b"gone"
@@ -511,6 +523,13 @@ async def test_a_bad_access_list_is_refused_with_its_line(kind: BrokerKind, tmp_
         await start_broker(settings(kind, tmp_path, access_list="topic read a\ntopics read x\n"))
 
 
+async def test_a_node_that_hosts_nothing_loads_no_broker() -> None:
+    loaded = "import sys, mesh.broker; sys.exit('amqtt' in sys.modules)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", loaded)
+    async with asyncio.timeout(3 * SOON_S):
+        assert await process.wait() == 0
+
+
 @needs_mosquitto
 async def test_auto_takes_mosquitto_where_it_is_and_amqtt_where_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -538,6 +557,26 @@ async def test_auto_falls_back_if_mosquitto_does_not_start(
     running = await start_broker(settings("auto", tmp_path))  # type: ignore[arg-type]
     assert running.kind == "amqtt"
     await running.stop()
+
+
+@needs_mosquitto
+async def test_a_free_port_that_is_snatched_away_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as thief:
+        thief.bind(("127.0.0.1", 0))
+        thief.listen()
+        taken = thief.getsockname()[1]
+        answers = iter([taken, taken + 1])
+        looked = mosquitto_broker._free_port
+        monkeypatch.setattr(
+            mosquitto_broker,
+            "_free_port",
+            lambda addresses, wanted: next(answers, 0) or looked(addresses, wanted),
+        )
+        running = await start_broker(settings("mosquitto", tmp_path))
+        assert running.port not in (0, taken)
+        await running.stop()
 
 
 @needs_mosquitto
