@@ -1,7 +1,7 @@
 """The topic table: a topic that is not here does not exist.
 
-From it come the names and filters the bus uses, ``docs/protocol.md``, ``docs/asyncapi.yaml`` and the
-broker's access list (``python -m mesh.topics --write``; a test checks that they are current).
+From it come the names and filters the bus uses, the broker's access list, and ``docs/protocol.md`` and
+``docs/asyncapi.yaml`` (``python -m mesh.topics --write``; a test checks that they are current).
 
 Every node writes only below its own id, so the broker's access list proves who sent a message; the
 exceptions are the coordinator's record and the task topics, which carry an epoch instead.
@@ -9,7 +9,9 @@ exceptions are the coordinator's record and the task topics, which carry an epoc
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mesh import messages as m
@@ -64,7 +66,7 @@ INBOX = Topic(
         m.Drain, m.EpochHint, m.Hold, m.Held, m.Recall, m.Inventory, m.Assign, m.Refused, m.AttemptsRunning,
         m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand,
     ),
-    encoding="msgpack", writer="node", reader="to", qos=1, retain=False,
+    encoding="msgpack", writer="the one node", reader="the other", qos=1, retain=False,
     why="the sender's id is in the topic, where the access list can hold it to the truth",
 )
 COORDINATOR = Topic(
@@ -100,7 +102,7 @@ RESULT = Topic(
 REPLY = Topic(
     name="REPLY", pattern="(reply_to)", payload=(m.TaskReply,), encoding="json",
     writer="coordinator", reader="that client", qos=1, retain=False,
-    why="a client that named a topic hears acknowledgement and result there; the whole topic is its own choice",
+    why="a client that named a topic hears acknowledgement and result there",
 )
 EVENT = Topic(
     name="EVENT", pattern="event", payload=(m.TaskEvent,), encoding="json",
@@ -139,7 +141,8 @@ def access_list(mesh: MeshName) -> str:
     shared = [row for row in TABLE if not row.pattern.startswith("node/") and row is not REPLY]
     everywhere = f"{BASE}/{mesh}"
     lines = [
-        "# Made from the topic table by mesh.topics. Clients without a certificate:",
+        "# Made from the topic table by mesh.topics. Clients without a certificate (a listener for them gets",
+        "# these lines alone: Mosquitto applies a pattern without %u to clients without a name, too):",
         *(f"topic write {row.filter(mesh)}" for row in asked),
         *(f"topic read {row.filter(mesh)}" for row in public),
         f"topic read {everywhere}/client/#",
@@ -151,3 +154,21 @@ def access_list(mesh: MeshName) -> str:
         f"pattern readwrite {everywhere}/client/#",
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mesh.topics", description="What the topic table says.")
+    parser.add_argument("--write", action="store_true", help="write docs/protocol.md and docs/asyncapi.yaml")
+    parser.add_argument("--access-list", metavar="MESH", help="print a Mosquitto access list for this mesh")
+    arguments = parser.parse_args()
+    if arguments.access_list:
+        print(access_list(MeshName(arguments.access_list)), end="")
+    if arguments.write:
+        from mesh.topic_docs import write  # which reads this table
+
+        for path in write(Path(__file__).parents[1] / "docs"):
+            print(f"wrote docs/{path.name}")
+
+
+if __name__ == "__main__":
+    _main()

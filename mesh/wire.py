@@ -26,14 +26,10 @@ import msgspec
 from mesh import messages
 from mesh.core import Message
 from mesh.errors import DecodeError
-from mesh.ids import Epoch, MeshName, TaskId, is_id
+from mesh.ids import MeshName, TaskId, is_id
 from mesh.messages import (
-    AttemptEnded,
-    AttemptId,
     ChatMessage,
-    Inventory,
     Submit,
-    TaskRecord,
     TaskReply,
     TaskResult,
     TaskStatus,
@@ -57,7 +53,6 @@ __all__ = [
     "json_schemas",
     "plain_json",
     "read_submit",
-    "split_inventory",
     "to_plain",
 ]
 
@@ -340,39 +335,6 @@ def _check_fields(plain: dict[str, Any], kind: type, where: str) -> None:
             near = difflib.get_close_matches(name[:80], known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
             raise DecodeError(f"unknown field {(where + name)[:80]!r}{hint}")
-
-
-# ── a coordinator's question answered in pieces ─────────────────────────────────────────────────────
-
-_INVENTORY_SPARE_BYTES = 1024  # the envelope, the epoch, the list headers and field names: about 200
-
-
-def split_inventory(
-    epoch: Epoch, records: Sequence[TaskRecord], running: Sequence[AttemptId], ended: Sequence[AttemptEnded]
-) -> list[Inventory]:
-    """The answer to ``Recall`` in as few messages as fit into frames; at least one, the last says so.
-
-    One item is always smaller than a frame: ``ANSWER_BYTES_MAX`` and the bounds of ``Submit`` see to it.
-    """
-    parts: list[tuple[list[TaskRecord], list[AttemptId], list[AttemptEnded]]] = [([], [], [])]
-    room = FRAME_BYTES_MAX - _INVENTORY_SPARE_BYTES
-    for item in [*records, *running, *ended]:
-        size = len(_pack(to_plain(item)))
-        if size > room and any(parts[-1]):
-            parts.append(([], [], []))
-            room = FRAME_BYTES_MAX - _INVENTORY_SPARE_BYTES
-        room -= size
-        match item:
-            case TaskRecord():
-                parts[-1][0].append(item)
-            case AttemptId():
-                parts[-1][1].append(item)
-            case AttemptEnded():
-                parts[-1][2].append(item)
-    return [
-        Inventory(epoch=epoch, records=held, running=runs, ended=ends, is_last=i == len(parts) - 1)
-        for i, (held, runs, ends) in enumerate(parts)
-    ]
 
 
 # ── plain data and its faults ───────────────────────────────────────────────────────────────────────
