@@ -76,27 +76,28 @@ class Attempts:
         """Do what time makes due for an open task, its deadline apart."""
         if task.node is None:
             return []
-        effects: list[Effect] = []
         if task.cancel_at <= now:
             return self._end(task, "cancelled", "cancelled by the client; its worker did not answer", now)
-        if task.cancel_again_at <= now:
+        if task.is_cancelling:
+            if task.cancel_again_at > now:
+                return []
             task.cancel_again_at = now + self._config.cancel_every_s
-            effects.append(self._stop(task, task.node, "cancelled by the client"))
+            return [self._stop(task, task.node, "cancelled by the client")]
         if task.assign_again_at <= now:
             if task.asked >= self._config.asked_max:
-                effects += self.lost(task, f"{task.node} did not answer", now)
-            else:
-                effects.append(self._order(task, task.node, now))
-        elif task.heard_at + self._config.silence_s <= now:
-            effects += self.again(task, f"{task.node} went silent", now)
-        return effects
+                return self.lost(task, f"{task.node} did not answer", now)
+            return [self._order(task, task.node, now)]
+        if task.heard_at + self._config.silence_s <= now:
+            return self.again(task, f"{task.node} went silent", now)
+        return []
 
     def due_at(self, task: Task, now: float) -> float:
         """When ``attend`` or ``place`` has something to do for an open task."""
         if task.node is None:
             return min((until for until in task.avoid.values() if until > now), default=FOREVER)
-        silent_at = task.heard_at + self._config.silence_s
-        return min(task.assign_again_at, silent_at, task.cancel_at, task.cancel_again_at)
+        if task.is_cancelling:
+            return min(task.cancel_at, task.cancel_again_at)
+        return min(task.assign_again_at, task.heard_at + self._config.silence_s)
 
     def cancel(self, task: Task, now: float) -> list[Effect]:
         """A client wants the open task ended."""
@@ -115,8 +116,8 @@ class Attempts:
         If it still runs the old one, it says so and that one is adopted.
         """
         assert task.node is not None
-        if task.deadline_at <= now:
-            return []  # its expiry is due and will end it
+        if task.deadline_at <= now or task.is_cancelling:
+            return []  # its end is due; nothing starts it again
         if not self._may_try(task):
             return self._end(task, "failed", f"given up after {task.failures + 1} attempts: {reason}", now)
         task.failures += 1
@@ -150,6 +151,8 @@ class Attempts:
             return [self._stop(task, sender, f"the task runs on {task.node}")]
         if (attempt.attempt, attempt.epoch) in task.over:
             return []  # an old report overtaken by the attempt's end
+        if task.failures and attempt.attempt < task.attempt:
+            task.failures -= 1  # it was not lost after all
         with self._ledger.changing(task):
             task.run(sender, attempt.attempt, attempt.epoch, now)
         return announce(task, self._epoch, now) if is_news else []

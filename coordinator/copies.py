@@ -63,6 +63,8 @@ class Copies:
             return []
         task.holds_sent += 1
         task.hold_at = now + self._config.hold_every_s
+        for node in targets:
+            task.copies.setdefault(node, False)  # it may have it from now on, whether or not Held arrives
         hold = Hold(epoch=epoch, record=record_of(task, epoch, now))
         return [Send(node, hold) for node in targets]
 
@@ -90,13 +92,16 @@ class Copies:
                 at += 1 / self._config.repairs_per_s
 
     def _targets(self, task: Task) -> list[NodeId]:
-        stale = sorted(
-            node for node, fresh in task.copies.items() if not fresh and self._cluster.is_present(node)
-        )
+        has_copy = any(task.copies.values())
+        if task.is_open:
+            return [] if has_copy else self._next(task, self._cluster.holders)
+        stale = sorted(n for n, fresh in task.copies.items() if not fresh and self._cluster.is_present(n))
         stale = stale[: self._config.stale_told_max]
-        if any(task.copies.values()) or (stale and task.holds_sent < 2):
+        if has_copy or (stale and task.holds_sent < 2):
             return stale
-        candidates = rendezvous(task.id, [node for node in self._cluster.holders if node not in stale])
-        if not candidates:
-            return stale
-        return [*stale, candidates[task.holds_sent // 2 % len(candidates)]]
+        return stale + self._next(task, [node for node in self._cluster.holders if node not in stale])
+
+    def _next(self, task: Task, candidates: list[NodeId]) -> list[NodeId]:
+        """Each candidate twice, then the one after it."""
+        ranked = rendezvous(task.id, candidates)
+        return [ranked[task.holds_sent // 2 % len(ranked)]] if ranked else []

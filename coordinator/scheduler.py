@@ -155,6 +155,7 @@ class Scheduler:
     def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
         if isinstance(message, NodeInfo | NodeReport | NodeState | NodeForgotten):
             self._cluster.see(message)
+        self._stop_if_fenced()
         match self._mode:
             case Mode.FOLLOWING:
                 self._keep(message, now)
@@ -183,6 +184,7 @@ class Scheduler:
                 return []
 
     def tick(self, now: float) -> list[Effect]:
+        self._stop_if_fenced()
         effects = self._recalls.tick(now)
         if self._mode is Mode.RECOVERING and now >= self._recover_until:
             effects += self._activate(now)
@@ -233,6 +235,11 @@ class Scheduler:
         self._mode = Mode.FOLLOWING
         self._start_over(EPOCH_ZERO)
 
+    def _stop_if_fenced(self) -> None:
+        """This node has obeyed a newer coordinator; its own election will say so in a moment."""
+        if self._mode is not Mode.FOLLOWING and not self._fence.admits(self.epoch):
+            self._end()
+
     def _keep(self, message: Message, now: float) -> None:
         if isinstance(message, Submit | CancelTask | Unacceptable):
             self._buffer.keep(message, now)
@@ -254,13 +261,19 @@ class Scheduler:
         self._mode = Mode.ACTIVE
         self._recover_until = FOREVER
         heard, self._heard = self._heard, []
+        own = Inventory(
+            epoch=self.epoch,
+            records=self._store.records(now),
+            running=list(self._store.running.values()),
+            ended=list(self._store.ended.values()),
+            is_last=True,
+        )
+        heard.insert(0, (self._me, own))
         effects: list[Effect] = []
-        for record in self._store.records(now):
-            effects += self._settlement.merge(record, self._me, now)
-        inventories = [(sender, message) for sender, message in heard if isinstance(message, Inventory)]
-        for sender, inventory in inventories:
-            for record in inventory.records:
-                effects += self._settlement.merge(record, sender, now)
+        for sender, message in heard:
+            if isinstance(message, Inventory):
+                for record in message.records:
+                    effects += self._settlement.merge(record, sender, now)
         for sender, message in heard:
             if not isinstance(message, AttemptsRunning):
                 for ended in message.ended if isinstance(message, Inventory) else [message]:
@@ -269,10 +282,11 @@ class Scheduler:
             if not isinstance(message, AttemptEnded):
                 for attempt in message.running if isinstance(message, Inventory) else message.attempts:
                     effects += self._attempts.running(sender, attempt, now)
-        n_open = self._ledger.n_open
-        effects.append(
-            event(f"{self._me} coordinates under epoch {self.epoch}; {n_open} open tasks carried on")
-        )
+        for task in self._ledger:
+            if task.state == "queued":
+                effects += announce(task, self.epoch, now)
+        carried_on = f"{self._ledger.n_open} open tasks carried on"
+        effects.append(event(f"{self._me} coordinates under epoch {self.epoch}; {carried_on}"))
         self._copies.came(self._ledger, now)
         for at, said in unknown_to(self._ledger, self._buffer.take(now)):
             effects += self._intake.hear(said, at, now)
@@ -290,7 +304,7 @@ class Scheduler:
         effects = self._recalls.ask([fact.node], now)
         if self._mode is Mode.ACTIVE:
             self._copies.came(self._ledger, now)
-            if is_new_life:
+            if is_new_life and before.incarnation >= 0:
                 for task in self._ledger.on_node(fact.node):
                     effects += self._attempts.again(task, f"{fact.node} started anew", now)
         return effects
@@ -342,7 +356,11 @@ class Scheduler:
         self._recalls.answered(sender, inventory)
         effects: list[Effect] = []
         for record in inventory.records:
+            is_news = self._ledger.get(record.task) is None
             effects += self._settlement.merge(record, sender, now)
+            task = self._ledger.get(record.task)
+            if is_news and task is not None and task.is_open:
+                effects += announce(task, self.epoch, now)
         for ended in inventory.ended:
             effects += self._attempt_ended(ended, sender, now)
         for attempt in inventory.running:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coordinator.attempts import own_outcome
-from coordinator.publish import acknowledge, announce, conclude, event
+from coordinator.publish import acknowledge, conclude, event
 from coordinator.store import Tombstone
 from coordinator.task import Task, outcome_rank, record_of, task_from
 from coordinator.term import Term
@@ -76,10 +76,12 @@ class Settlement:
             return self._adopt(record, sender, now)
         self._ledger.touch(task)
         if record.outcome is None:
-            if sender != self._term.me:
-                task.copies.setdefault(sender, task.is_open)
             if task.is_open:
+                self._copies_on(task, sender, True)
+                with self._ledger.changing(task):
+                    task.see_age(record, now)
                 return self.now_safe(task, now)
+            self._copies_on(task, sender, task.copies.get(sender, False))
             task.hold_at = now
             return []
         if task.outcome is None:
@@ -89,24 +91,25 @@ class Settlement:
             with self._ledger.changing(task):
                 task.resettle(record.outcome)
             told = event(f"settled twice while the mesh was split; {record.outcome.state} counts", task.id)
-            effects = [*self._store.put(record_of(task, self._term.epoch, now), now), told]
+            effects: list[Effect] = [told]
             task.is_published = False
         else:
             effects = []
-        if sender != self._term.me:
-            task.copies[sender] = theirs <= ours
+        self._copies_on(task, sender, theirs <= ours)
         task.hold_at = now
         return [*effects, *self.conclude(task, now)]
+
+    def _copies_on(self, task: Task, node: NodeId, is_fresh: bool) -> None:
+        if node != self._term.me:
+            task.copies[node] = is_fresh
 
     def _adopt(self, record: TaskRecord, sender: NodeId, now: float) -> list[Effect]:
         """A task this coordinator did not know: carry it on from where the record stands."""
         task = task_from(record, now)
-        if sender != self._term.me:
-            task.copies[sender] = True
+        self._copies_on(task, sender, True)
         self._ledger.add(task)
         if task.is_open:
-            saved = [] if sender == self._term.me else self._store.put(record, now)
-            return [*saved, *announce(task, self._term.epoch, now)]
+            return [] if sender == self._term.me else self._store.put(record, now)
         if record.settled_s > self._config.published_within_s:
             task.is_published = True
             task.forget_at = now + max(0.0, self._config.status_keep_s - record.settled_s)
@@ -151,12 +154,12 @@ class Settlement:
             task.settle(replace(outcome, retry=False), now)
         task.hold_at = now
         if copy_on is not None:
-            task.copies[copy_on] = True
+            self._copies_on(task, copy_on, True)
         if ended_by is not None:
             worker, attempt = ended_by
             task.ended_by[worker] = attempt
             task.is_witnessed = worker != self._term.me
-        effects = self._store.put(record_of(task, self._term.epoch, now), now)
+        effects: list[Effect] = []
         if runner is not None and runner not in task.ended_by:
             stop = CancelAttempt(epoch=self._term.epoch, task=task.id, reason=f"the task is {task.state}")
             effects.append(Send(runner, stop))
@@ -170,10 +173,15 @@ class Settlement:
         return effects
 
     def conclude(self, task: Task, now: float) -> list[Effect]:
-        """Publish, and let workers forget, as soon as enough disks have the outcome."""
+        """Save, publish, and let workers forget, as soon as another disk has the outcome.
+
+        The other disk comes first: an outcome that was on this disk alone when the node died could come
+        back after the next coordinator has settled the task in its own way.
+        """
         effects: list[Effect] = []
         is_safe = self._copies.is_safe(task)
         if not task.is_published and (is_safe or task.is_witnessed):
+            effects += self._store.put(record_of(task, self._term.epoch, now), now)
             task.is_published = task.is_acknowledged = True
             task.forget_at = now + self._config.status_keep_s
             effects += conclude(task, self._term.epoch, now)

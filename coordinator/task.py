@@ -129,7 +129,7 @@ class Task:
 
     # who else has it on disk
     copies: dict[NodeId, bool] = field(default_factory=dict)
-    """Node -> whether its copy is up to date (settled if the task is)."""
+    """Nodes that have it or may have it -> whether their copy is known to be the present version."""
     hold_at: float = FOREVER
     holds_sent: int = 0
     ended_by: dict[NodeId, int] = field(default_factory=dict)
@@ -164,6 +164,12 @@ class Task:
         """The only place a task's state changes."""
         assert state in TRANSITIONS[self.state], f"task {self.id} may not go from {self.state} to {state}"
         self.state = state
+
+    def see_age(self, record: TaskRecord, now: float) -> None:
+        """Of two memories of one task, the older is right: a disk's clock stands while its node is down."""
+        self.accepted_at = min(self.accepted_at, now - record.age_s)
+        if record.budget_s is not None:
+            self.deadline_at = min(self.deadline_at, now + record.budget_s)
 
     def assign(self, node: NodeId, attempt: int, epoch: Epoch, now: float) -> None:
         self.move("assigned")
@@ -264,7 +270,7 @@ def status_of(task: Task, epoch: Epoch, now: float) -> TaskStatus:
         node=task.outcome.node if task.outcome else task.node,
         attempt=task.outcome.attempt if task.outcome else task.attempt_number,
         epoch=epoch,
-        durable_on=1 + len(task.copies),
+        durable_on=1 + max(sum(task.copies.values()), task.is_witnessed),
         kind=task.submit.kind,
         value=task.submit.value,
         budget_s=task.budget_s(now),
