@@ -1,7 +1,7 @@
 """``edgemesh demo``: three real nodes on this machine, real answers, and a pulled plug.
 
-Nothing here is staged: the nodes are ``edgemesh join`` processes that find each other by mDNS on loopback, and
-the answers come through the same client as ``edgemesh run``.
+Nothing here is staged: the nodes are ``edgemesh join`` processes that find each other by mDNS on loopback,
+and the answers come through the same client as ``edgemesh run``.
 """
 
 from __future__ import annotations

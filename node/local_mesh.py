@@ -19,7 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from mesh.errors import UnreachableError
+from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId
+from node.settings import broker_text
 
 __all__ = ["Event", "LocalMesh", "NodeProcess"]
 
@@ -137,9 +139,18 @@ class NodeProcess:
 class LocalMesh:
     """Starts nodes that share one state directory and one mesh, and stops whatever still runs at the end."""
 
-    def __init__(self, state_dir: Path, mesh: MeshName, *, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        mesh: MeshName,
+        *,
+        flags: tuple[str, ...] = (),
+        broker: BrokerRef | None = None,
+    ) -> None:
+        """``flags`` go to every node; ``broker`` is the site's own, which nodes and commands then use."""
         self.state_dir = state_dir
         self.mesh = mesh
+        self.broker = broker
         self._flags = flags
         self.nodes: list[NodeProcess] = []
 
@@ -166,6 +177,7 @@ class LocalMesh:
             "EDGEMESH_STATE_DIR": str(self.state_dir),
             "EDGEMESH_MESH": self.mesh,
             "EDGEMESH_INTERFACES": "lo",
+            **({"EDGEMESH_BROKER": broker_text(self.broker)} if self.broker is not None else {}),
         }
 
     async def start(self, *flags: str) -> NodeProcess:
