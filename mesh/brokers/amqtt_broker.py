@@ -366,7 +366,7 @@ class _Router(Broker):  # type: ignore[misc]
         self._closing = False
 
     async def close(self) -> None:
-        """End every connection without wills: the broker goes, the nodes do not."""
+        """End every connection at once, so that no client hears another's will: only the broker goes."""
         self._closing = True
         connections = list(self._connections)
         for task in connections:
@@ -397,8 +397,8 @@ class _Router(Broker):  # type: ignore[misc]
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         sock: socket.socket = writer.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for clients without an MQTT keepalive
+        # For clients without an MQTT keepalive. (TCP_NODELAY is set by asyncio on every connection.)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         tls = writer.get_extra_info("ssl_object")
         name = peer_name(tls)
         if tls is not None and name is None:
@@ -427,7 +427,7 @@ class _Router(Broker):  # type: ignore[misc]
             await handler.send(ConnackPacket.build(0, CONNECTION_ACCEPTED))
             said_goodbye = await self._converse(handler)
         finally:
-            if not said_goodbye and session.will_flag and not self._closing:
+            if not said_goodbye and session.will_flag:
                 self._publish_will(handler)
             for filter_ in list(handler.filters):
                 self.unsubscribe(filter_, handler)
