@@ -16,6 +16,7 @@ __all__ = [
     "Elected",
     "Followed",
     "HostBroker",
+    "HostRefused",
     "Leaving",
     "LinkDown",
     "LinkUp",
@@ -118,6 +119,13 @@ class PeerHeard:
 
     hello: PeerHello
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostRefused:
+    """Hosting to membership: the process that hosted the broker is gone, so no last will came for it."""
+
+    node: NodeId
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from mesh.facts import (
     BrokerHosted,
     BrokerRef,
     HostBroker,
+    HostRefused,
     LinkDown,
     LinkUp,
     PeerHeard,
@@ -161,9 +162,8 @@ class Hosting:
             self._stop_at = FOREVER
             self.hosted = None
             effects.append(Notify(StopBroker()))
-        if self.phase is Phase.SEARCHING or self._is_searching_while_down:
-            if now >= self._host_at:
-                effects += self._on_turn(now)
+        if (self.phase is Phase.SEARCHING or self._is_searching_while_down) and now >= self._host_at:
+            effects += self._on_turn(now)
         if now >= self._ask_at:
             effects += self._ask(now)
         return effects
@@ -214,6 +214,7 @@ class Hosting:
     def _on_link_down(self, host_is_dead: bool, now: float) -> list[Effect]:
         if self.phase is not Phase.USING or self._external is not None:
             return []
+        effects: list[Effect] = []
         if self.is_linked:
             self._lost_at = now
             self._host_at = now + self._config.grace_s
@@ -221,9 +222,10 @@ class Hosting:
         if host_is_dead:
             if self.broker is not None and self.broker.host is not None:
                 self._on_peer_silent(self.broker.host, now)
+                effects.append(Notify(HostRefused(self.broker.host)))
             self._host_at = min(self._host_at, now + self._config.dead_grace_s)
         self._ask_at = min(self._ask_at, now)
-        return []
+        return effects
 
     def _on_turn(self, now: float) -> list[Effect]:
         """Nobody offered a broker in time: host one, or give the peers before us their turn."""

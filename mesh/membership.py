@@ -30,6 +30,7 @@ from types import MappingProxyType
 
 from mesh.core import FOREVER, Broadcast, Effect, Fact, Message, Notify, Save
 from mesh.facts import (
+    HostRefused,
     Leaving,
     LinkDown,
     LinkUp,
@@ -86,6 +87,8 @@ class MembershipConfig:
     """From doubt to verdict. With ``silence_s``: a node cut off is dead to the others after 5 s."""
     will_suspicion_s: float = 1.0
     """The same after a last will, which says more than silence: time for a reconnect to refute it."""
+    rejoin_s: float = 1.0
+    """More time for a node that went missing with its broker: it must find the new one first."""
     forget_after_s: float = 600.0
     """How long people can see that a node died or left."""
     stall_s: float = 1.0
@@ -94,7 +97,10 @@ class MembershipConfig:
     """At about 3 KiB each 12 MiB; four times the largest mesh we simulate."""
 
     def __post_init__(self) -> None:
-        lengths = (self.silence_s, self.suspicion_s, self.will_suspicion_s, self.forget_after_s, self.stall_s)
+        lengths = (
+            self.silence_s, self.suspicion_s, self.will_suspicion_s, self.rejoin_s, self.forget_after_s,
+            self.stall_s,
+        )  # fmt: skip
         if not all(0 < length < FOREVER for length in lengths):
             raise ValueError("every length of time must be a positive, finite number of seconds")
         if self.members_max < 1:
@@ -146,6 +152,9 @@ def due_at(member: Member, listening_since: float, suspicion: float, config: Mem
     match member.standing:
         case Standing.ALIVE:
             return max(member.heard_at, listening_since) + config.silence_s
+        case Standing.SUSPECT if listening_since > member.since and member.by_will:
+            # Doubted for a reason other than silence; it may still have to find the new broker.
+            return listening_since + config.rejoin_s + suspicion
         case Standing.SUSPECT if listening_since > member.since:
             return listening_since + config.silence_s + suspicion
         case Standing.SUSPECT:
@@ -236,6 +245,8 @@ class Membership:
                 self._is_linked = False
                 self._wake_at = FOREVER
                 return []
+            case HostRefused(node=node):
+                return self._on_host_refused(node, now)
             case OwnInfo(info=info):
                 return self._on_own_info(info)
             case OwnReport(report=report):
@@ -387,6 +398,13 @@ class Membership:
             own = self._members[self._me]
             effects.append(Notify(MemberChanged(self._me, own.standing.value, own.incarnation)))
         return effects
+
+    def _on_host_refused(self, node: NodeId, now: float) -> list[Effect]:
+        """As good as a last will: the broker that would have sent it died with the node."""
+        known = self._members.get(node)
+        if known is None or known.standing is not Standing.ALIVE or node == self._me:
+            return []
+        return self._set(replace(known, standing=Standing.SUSPECT, since=now, by_will=True), now)
 
     def _on_own_info(self, info: NodeInfo) -> list[Effect]:
         if info.node != self._me:

@@ -27,9 +27,9 @@ from coordinator.stack import Cores, build_cores
 from mesh.broker import BrokerSettings
 from mesh.bus import Heard
 from mesh.core import Fact
-from mesh.discovery import Advert, Discovery, Gone
+from mesh.discovery import Advert, Discovery, Gone, Sighting
 from mesh.driver import Driver
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, EdgemeshError
 from mesh.facts import (
     AskPeers,
     BrokerRef,
@@ -60,7 +60,7 @@ from node.broker_host import BrokerHost
 from node.fact_log import log_fact
 from node.logs import say, set_up
 from node.models import DEFAULT_MODEL
-from node.peers import Peers
+from node.peers import PROBE_TIMEOUT_S, Peers
 from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
 from node.state import KnownBroker, NodeSlot, StateDir
@@ -193,7 +193,7 @@ class Agent:
                 kind=settings.broker_kind,
                 access_list=access_list(settings.mesh),
             ),
-            advertised=lambda: tuple(local_addresses(settings.interfaces)),
+            advertised=lambda: local_addresses(settings.interfaces, link_local=False),
             learn=self._driver.learn,
         )
         self._worker: ComputeWorker | None = None
@@ -242,8 +242,7 @@ class Agent:
             loop.add_signal_handler(number, self.stop)
         try:
             async with self._server, self._client:
-                addresses = list(local_addresses(self._settings.interfaces))[:ADDRESSES_MAX]
-                self._change_info(port=self._server.port, addresses=addresses)
+                self._change_info(port=self._server.port, addresses=self._addresses())
                 async with Discovery(self._advert(), self._settings.interfaces) as self._discovery:
                     await self._live(screen)
         finally:
@@ -392,10 +391,27 @@ class Agent:
         async for news in self._discovery.sightings():
             if isinstance(news, Gone):
                 self._peers.gone(news.node)
+            elif news.advert.node == self.node:
+                if news.advert.boot != self._boot:
+                    await self._meet_namesake(news)
             elif news.advert.fingerprint == self._key.fingerprint:
                 self._peers.sighted(news.advert.node, news.addresses, news.advert.port)
             elif news.advert.mesh == self._settings.mesh and len(strangers) < STRANGERS_MAX:
                 self._warn_of(news.advert, strangers)
+
+    async def _meet_namesake(self, sighting: Sighting) -> None:
+        """Our id with another boot: an old record of ours, a forgery, or a copied state directory. Ask it.
+
+        The two have never met on a broker: each takes the other's answers for its own.
+        """
+        try:
+            hello, _ = await self._client.probe(
+                sighting.addresses, sighting.advert.port, expect=self.node, timeout_s=PROBE_TIMEOUT_S
+            )
+        except EdgemeshError:
+            return  # nobody of this mesh is there
+        if (hello.incarnation, hello.boot) > (self.cores.membership.state.incarnation, self._boot):
+            self._driver.learn(Superseded(hello.boot))
 
     def _warn_of(self, stranger: Advert, warned: set[str]) -> None:
         if stranger.node in warned:
@@ -435,9 +451,14 @@ class Agent:
                     )
                 )
             )  # fmt: skip
+            if self._addresses() != self._info.addresses:  # a cable, a lease, a network came or went
+                self._change_info(addresses=self._addresses())
             if self._draining_to_leave and self.cores.worker.is_idle:
                 self.stop()
             await asyncio.sleep(REPORT_EVERY_S)
+
+    def _addresses(self) -> list[str]:
+        return list(local_addresses(self._settings.interfaces, link_local=False))[:ADDRESSES_MAX]
 
     def _activity(self, running: int) -> str:
         if self._worker is None:

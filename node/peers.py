@@ -19,7 +19,7 @@ from mesh.messages import PeerHello
 from mesh.streams import PeerClient
 from node.logs import say
 
-__all__ = ["Peers"]
+__all__ = ["PROBE_TIMEOUT_S", "Peers"]
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,8 @@ class Peers:
         self.ask([node])
 
     def gone(self, node: NodeId) -> None:
-        """It said goodbye."""
-        self._book.pop(node, None)
-        self._learn(PeerSilent(node))
+        """Somebody said goodbye in its name, which anybody on the network can: ask it."""
+        self.ask([node])
 
     def ask(self, nodes: Iterable[NodeId]) -> None:
         """Probe these soon; one probe per node at a time."""

@@ -1,4 +1,4 @@
-"""A small world for ``mesh.hosting`` alone: nodes, links that can be cut, brokers that die with their host."""
+"""A small world for ``mesh.hosting`` alone: nodes, cuttable links, brokers that die with their host."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mesh.facts import (
     BrokerHosted,
     BrokerRef,
     HostBroker,
+    HostRefused,
     LinkDown,
     LinkUp,
     PeerHeard,
@@ -141,5 +142,5 @@ class HostingWorld:
                     self._due.append((self.now + start_s, 0, node, BrokerHosted(ref)))
                 case StopBroker():
                     self.brokers.pop(node, None)
-                case UseBroker():
-                    pass  # _check_link reads core.broker
+                case UseBroker() | HostRefused():
+                    pass  # _check_link reads core.broker; nobody keeps members here

@@ -17,6 +17,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "amqtt": ("mesh/brokers/amqtt_broker.py",),
     "click": ("node/cli/",),
     "cryptography": ("mesh/identity.py",),
+    "ifaddr": ("mesh/interfaces.py",),
     "msgpack": ("mesh/wire.py",),
     "msgspec": ("mesh/wire.py",),
     "paho": ("mesh/mqtt.py",),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
 from mesh.facts import (
+    HostRefused,
     Leaving,
     LinkDown,
     LinkUp,
@@ -144,6 +145,35 @@ def test_a_last_will_leads_to_a_verdict_after_one_second() -> None:
     assert mesh.standing() is Standing.SUSPECT
     mesh.wait(1.6, since=0.5)
     assert mesh.told == [changed("suspect"), changed("dead")]
+
+
+def test_the_host_of_a_broker_that_refuses_is_dead_two_seconds_after_the_mesh_has_another() -> None:
+    """Its last will died with its broker. Without this the verdict would take five seconds."""
+    mesh = Mesh("pi", "host")
+    mesh.learn(LinkDown(), 10.0)
+    mesh.learn(HostRefused(NodeId("host")), 10.05)
+    mesh.learn(UP, 10.6)
+    mesh.wait(12.5, reporting="pi", since=10.6)
+    assert mesh.standing("host") is Standing.SUSPECT
+    mesh.wait(12.7, reporting="pi", since=12.5)
+    assert mesh.standing("host") is Standing.DEAD
+    assert mesh.standing("pi") is Standing.ALIVE
+
+
+def test_a_host_that_lost_only_its_broker_is_alive_as_soon_as_it_reports_again() -> None:
+    mesh = Mesh("host")
+    mesh.learn(LinkDown(), 10.0)
+    mesh.learn(HostRefused(NodeId("host")), 10.05)
+    mesh.learn(UP, 10.6)
+    mesh.hear(report("host"), 11.2)
+    assert mesh.standing("host") is Standing.ALIVE
+
+
+def test_nobody_can_make_a_node_doubt_itself_or_a_stranger_by_a_refusal() -> None:
+    mesh = Mesh("pi")
+    assert mesh.learn(HostRefused(ME), 1.0) == []
+    assert mesh.learn(HostRefused(NodeId("unknown")), 1.0) == []
+    assert mesh.standing("unknown") is None
 
 
 def test_a_will_repeated_does_not_put_off_the_verdict() -> None:
