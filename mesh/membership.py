@@ -391,7 +391,8 @@ class Membership:
     def _on_link_up(self, now: float) -> list[Effect]:
         self._is_linked = True
         self._listening_since = now
-        self._wake_at = now + self.config.silence_s
+        # The earliest verdict there can be: of a node that was doubted before the link came up.
+        self._wake_at = now + min(self.config.silence_s, self.config.rejoin_s + self.config.will_suspicion_s)
         effects = self._announce()
         if not self._was_linked:
             self._was_linked = True
