@@ -1,4 +1,4 @@
-"""Clients as they should be: they name their tasks, ask again until answered, and remember what they heard."""
+"""Clients as they should be: they name their tasks, ask again until answered, remember what they heard."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class SimClient:
         return f"reply/{self.name}"
 
     def submit_over(self, length_s: float, n_tasks: int) -> None:
-        """Submit ``n_tasks`` at random moments of the next ``length_s``; some with a deadline, some cancelled."""
+        """Submit ``n_tasks`` at random moments; some get a deadline, some are cancelled."""
         for index in range(n_tasks):
             rng = self._rng
             submit = Submit(

@@ -94,7 +94,7 @@ def is_settled(world: World) -> bool:
     elections = [election_of(core) for core in world.cores().values()]
     acting = [election for election in elections if election.role is Role.COORDINATOR]
     return (
-        len(elections) == len(world.hosts)
+        len(elections) == len(world.remaining)
         and len(acting) == 1
         and all(e.coordinator == acting[0].me and e.epoch == acting[0].epoch for e in elections)
     )

@@ -61,6 +61,8 @@ class Faults:
     """A node moves to another broker, where a world has several."""
     drift: float = 0.0
     """Clocks run fast or slow by up to this share."""
+    loses_a_node: bool = False
+    """One machine is gone for good, with its disk, at some moment of the first minute."""
     one_at_a_time: bool = False
     """At most one node is down, stopped or cut off at a time, and the last one is back for ``CATCH_UP_S``."""
 
@@ -75,7 +77,11 @@ def _log_uniform(rng: Random, least: float, most: float) -> float:
 def draw_faults(
     rng: Random, *, one_at_a_time: bool = False, brokers: int = 1, ordered: bool | None = None
 ) -> Faults:
-    """A random subset of the kinds at random rates. ``ordered`` forces MQTT's order (or its absence)."""
+    """A random subset of the kinds at random rates. ``ordered`` forces MQTT's order (or its absence).
+
+    ``one_at_a_time`` also keeps the network good enough that nobody who lives is taken for dead: a false
+    death of one node while another is away is two failures at once.
+    """
 
     def maybe(least: float, most: float) -> float:
         return _log_uniform(rng, least, most) if rng.random() < 0.5 else 0.0
@@ -104,6 +110,16 @@ def draw_faults(
         drift=rng.choice((0.0, 0.0001, 0.01)),
         one_at_a_time=one_at_a_time,
     )
+    if one_at_a_time:
+        drawn = replace(
+            drawn,
+            loses_a_node=rng.random() < 0.5,
+            drop_p=min(drawn.drop_p, 0.02),
+            delay_s_mean=min(drawn.delay_s_mean, 0.05),
+            spike_s=min(drawn.spike_s, 1.0),
+            break_p=min(drawn.break_p, 0.0005),
+            reorder=False,
+        )
     return drawn if ordered is None else replace(drawn, reorder=not ordered)
 
 
@@ -127,6 +143,9 @@ class Chaos:
             if rate:
                 self._again(rate, action)
 
+        if faults.loses_a_node and len(world.hosts) > 1:
+            world.queue.after(rng.uniform(8, 40), self._lose_a_node)
+
     def stop(self) -> None:
         self._is_on = False
 
@@ -142,9 +161,9 @@ class Chaos:
         world = self._world
         if world.faults.one_at_a_time and not world.is_all_well():
             return None
-        if world.last_elected is not None and self._rng.random() < COORDINATOR_P:
+        if world.last_elected in world.remaining and self._rng.random() < COORDINATOR_P:
             return world.last_elected
-        return self._rng.choice(list(world.hosts))
+        return self._rng.choice(world.remaining)
 
     def _partition(self) -> None:
         if (node := self._victim()) is not None:
@@ -167,6 +186,13 @@ class Chaos:
     def _pause(self) -> None:
         if (node := self._victim()) is not None:
             self._world.pause(node, self._rng.uniform(0.05, self._world.faults.pause_s_max))
+
+    def _lose_a_node(self) -> None:
+        node = self._victim()
+        if node is not None and self._is_on:
+            self._world.lose(node)
+        elif self._is_on:
+            self._world.queue.after(1.0, self._lose_a_node)
 
     def _lose_engine(self) -> None:
         self._world.lose_engine(self._rng.choice(list(self._world.hosts)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from unittest.mock import patch
 
-from coordinator import stack
+from coordinator.stack import build_cores
 from mesh.core import Core, Message, Save
 from mesh.facts import BrokerRef
 from mesh.membership import INCARNATION_KEY
@@ -24,9 +22,6 @@ __all__ = ["Mesh", "mesh_world"]
 
 
 SITE_BROKER = BrokerRef(epoch=0, host=None, addresses=("site",), port=1883)
-
-Parts = Mapping[str, type]
-"""Names in ``coordinator.stack`` and what to build a node from instead; only mutants replace anything."""
 
 
 @dataclass(slots=True)
@@ -44,7 +39,7 @@ class Mesh:
 
     @property
     def disks(self) -> dict[str, dict[str, Message]]:
-        return {node: host.disk for node, host in self.world.hosts.items()}
+        return {node: host.disk for node, host in self.world.hosts.items() if not host.is_lost}
 
     def storm(self, seconds: float) -> None:
         self.world.start_all()
@@ -55,7 +50,7 @@ class Mesh:
         """End the faults and wait until nothing is left to do; what is wrong if that takes too long."""
         world = self.world
         world.heal()
-        for node in world.hosts:
+        for node in world.remaining:
             world.drain(node, on=False)
         if not world.run_until(lambda: self.is_settled, within_s=within_s):
             return "no coordinator that all follow"
@@ -72,23 +67,20 @@ class Mesh:
         return None
 
 
-def build_with(parts: Parts, wrap: Callable[[Core], Core]) -> Callable[[Birth], Core]:
+def build_with(wrap: Callable[[Core], Core]) -> Callable[[Birth], Core]:
     def build(birth: Birth) -> Core:
         known = birth.disk.get(INCARNATION_KEY)
         incarnation = known.incarnation + 1 if isinstance(known, NodeState) else 1
         me = NodeState(node=birth.node, state="online", incarnation=incarnation, boot=birth.boot)
         birth.disk[INCARNATION_KEY] = me
-        with ExitStack() as planted:
-            for name, kind in parts.items():
-                planted.enter_context(patch.object(stack, name, kind))
-            cores = stack.build_cores(
-                me=me,
-                info=info_of(birth.node),
-                records=birth.disk,
-                rng=birth.rng,
-                now=birth.now,
-                external=SITE_BROKER,
-            )
+        cores = build_cores(
+            me=me,
+            info=info_of(birth.node),
+            records=birth.disk,
+            rng=birth.rng,
+            now=birth.now,
+            external=SITE_BROKER,
+        )
         return wrap(cores.stack)
 
     return build
@@ -101,7 +93,6 @@ def mesh_world(
     faults: Faults | None = None,
     one_at_a_time: bool = False,
     n_brokers: int = 1,
-    parts: Parts | None = None,
     wrap: Callable[[Core], Core] = lambda core: core,
     keeps: Callable[[Save], bool] = lambda save: True,
     n_tasks: int | None = None,
@@ -115,12 +106,12 @@ def mesh_world(
     world = World(
         seed,
         n_nodes=n_nodes,
-        build=build_with(parts or {}, wrap),
+        build=build_with(wrap),
         faults=faults or drawn,
         shell=shell,
         brokers=["site", *(f"site-{index}" for index in range(1, n_brokers))],
         keeps=keeps,
     )
     n_clients = rng.randint(1, 2)
-    clients = clients_of(world, n_clients, n_tasks or rng.randint(1, 8), length_s)
+    clients = clients_of(world, n_clients, n_tasks or rng.choice((1, 2, 4, 8, 8, 20)), length_s)
     return Mesh(world, clients)

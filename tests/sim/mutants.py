@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from mesh.core import Core, Effect, Fact, Message, Save
+from coordinator.store import RecordStore, _Stored, task_key
+from mesh.core import Broadcast, Core, Effect, Fact, Message, Save, Send
 from mesh.election import Election, Role
 from mesh.facts import LinkUp
 from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import Epoch, NodeId
-from mesh.messages import LeaseRecord
+from mesh.messages import Hold, LeaseRecord, Submit, TaskRecord, TaskStatus
 
-__all__ = ["EveryClaimWins", "LenientFence", "LinksOnce", "SavesLast", "forgets_the_fence"]
+__all__ = [
+    "AcksAtOnce",
+    "EveryClaimWins",
+    "LenientFence",
+    "LinksOnce",
+    "SavesLast",
+    "forgets_the_fence",
+    "overwrites",
+]
 
 
 def forgets_the_fence(save: Save) -> bool:
@@ -70,6 +79,46 @@ class SavesLast:
 
     def tick(self, now: float) -> list[Effect]:
         return _saves_last(self._core.tick(now))
+
+
+class AcksAtOnce(SavesLast):
+    """A node that acknowledges what it asks others to hold, before anybody has it on disk."""
+
+    def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
+        effects = self._core.receive(message, sender, now)
+        acks: list[Effect] = [
+            Broadcast(_acknowledgement(effect.message))
+            for effect in effects
+            if isinstance(effect, Send) and isinstance(effect.message, Hold) and isinstance(message, Submit)
+        ]
+        return [*acks, *effects]
+
+    def learn(self, fact: Fact, now: float) -> list[Effect]:
+        return self._core.learn(fact, now)
+
+    def tick(self, now: float) -> list[Effect]:
+        return self._core.tick(now)
+
+
+def _acknowledgement(hold: Hold) -> TaskStatus:
+    return TaskStatus(
+        task=hold.record.task,
+        state="queued",
+        reason=None,
+        node=None,
+        attempt=0,
+        epoch=hold.epoch,
+        durable_on=0,
+    )
+
+
+def overwrites(store: RecordStore, record: TaskRecord, now: float) -> list[Effect]:
+    """``RecordStore.put`` without its rule: the last writer wins, even over a settled record."""
+    store._open.pop(record.task, None)
+    store._settled.pop(record.task, None)
+    kept = store._open if record.outcome is None else store._settled
+    kept[record.task] = _Stored(record, now)
+    return [Save(task_key(record.task), record)]
 
 
 def _saves_last(effects: list[Effect]) -> list[Effect]:

@@ -76,7 +76,8 @@ class Connection:
     """One TCP connection. ``cut_up``/``cut_down`` say that what is in flight that way is lost."""
 
     __slots__ = (
-        "broker", "cut_down", "cut_up", "down_at", "endpoint", "is_open", "sent_down", "sent_up", "up_at", "will",
+        "broker", "cut_down", "cut_up", "down_at", "endpoint", "is_open",
+        "sent_down", "sent_up", "up_at", "will",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, broker: Broker, will: NodeState | None, now: float) -> None:

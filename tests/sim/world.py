@@ -70,6 +70,8 @@ class Host:
     disk: dict[str, Message] = field(default_factory=dict)
     life: Life | None = None
     n_lives: int = 0
+    is_lost: bool = False
+    """Burnt with its disk: it never comes back."""
 
 
 class Life:
@@ -93,6 +95,8 @@ class Life:
         self._waiting: deque[tuple[Callable[..., list[Effect]], tuple[Any, ...]]] = deque()
         self._unsent: list[Effect] = []  # effects of the input during which the process was stopped
         self._tick_at = float("inf")
+        self.wake_at = float("inf")
+        """The core's, as it was after its last input: it changes only with one."""
 
     # ── what the network asks ───────────────────────────────────────────────────────────────────────
 
@@ -178,21 +182,25 @@ class Life:
             return
         if self.world.is_traced:
             print(f"{self.world.queue.now:9.3f} {self.name} <- {args}")
-        self.carry_out(method(*args, self.now()))
+        effects = method(*args, self.now())
+        self.wake_at = self.core.wake_at
+        self.carry_out(effects)
 
     def _tick_if_due(self) -> None:
         for _ in range(TICKS_AT_ONCE_MAX):
             now = self.now()
-            if not (self.is_alive and self.core.wake_at <= now) or self.is_stopped():
+            if not (self.is_alive and self.wake_at <= now) or self.is_stopped():
                 return
-            self.carry_out(self.core.tick(now))
-        raise AssertionError(f"{self.name}: wake_at {self.core.wake_at} stays at or before now {self.now()}")
+            effects = self.core.tick(now)
+            self.wake_at = self.core.wake_at
+            self.carry_out(effects)
+        raise AssertionError(f"{self.name}: wake_at {self.wake_at} stays at or before now {self.now()}")
 
     def schedule_tick(self) -> None:
         """One timer, moved only forward in time when it fires: cheaper than one per input."""
-        if not self.is_alive or self.core.wake_at == float("inf"):
+        if not self.is_alive or self.wake_at == float("inf"):
             return
-        due_at = max(self.clock.true(self.core.wake_at) + 1e-6, self.world.queue.now)
+        due_at = max(self.clock.true(self.wake_at) + 1e-6, self.world.queue.now)
         if due_at < self._tick_at:
             lag_p = self.world.faults.lag_p
             if lag_p and self.world.rng.random() < lag_p:
@@ -316,7 +324,8 @@ class World:
             self._chaos.stop()
         self.faults = self.network.faults = CALM
         self.network.unblock()
-        for node, host in self.hosts.items():
+        for node in self.remaining:
+            host = self.hosts[node]
             if host.life is None:
                 self.start(node)
             else:
@@ -328,13 +337,14 @@ class World:
 
     def start(self, node: NodeId) -> None:
         host = self.hosts[node]
-        if host.life is not None:
+        if host.life is not None or host.is_lost:
             return
         host.n_lives += 1
         rng = Random(f"{self.seed}/{node}/{host.n_lives}")
         life = Life(self, host, new_boot(rng), LocalClock.draw(rng, self.faults.drift, self.now))
         host.life = life
         life.core = self._build(Birth(node, life.boot, host.disk, rng, life.now()))
+        life.wake_at = life.core.wake_at
         self.note("started", life)
         if self.shell is not None:
             self.shell.on_start(life)
@@ -358,6 +368,16 @@ class World:
     def restart(self, node: NodeId) -> None:
         self.kill(node)
         self.start(node)
+
+    def lose(self, node: NodeId) -> None:
+        """The machine and its disk are gone for good."""
+        self.kill(node, is_power_cut=True)
+        self.hosts[node].is_lost = True
+        self.trouble_at = self.now
+
+    @property
+    def remaining(self) -> list[NodeId]:
+        return [node for node, host in self.hosts.items() if not host.is_lost]
 
     def pause(self, node: NodeId, length_s: float) -> None:
         life = self.hosts[node].life
@@ -416,7 +436,7 @@ class World:
 
     def is_all_well(self) -> bool:
         """Everybody runs and listens, and nobody's link changed for long enough to have caught up."""
-        return self.now - self.trouble_at >= CATCH_UP_S and all(self.is_well(node) for node in self.hosts)
+        return self.now - self.trouble_at >= CATCH_UP_S and all(self.is_well(node) for node in self.remaining)
 
     def may_break(self, node: NodeId) -> bool:
         return not self.faults.one_at_a_time or self.is_all_well()
