@@ -62,9 +62,11 @@ class Attempts:
 
     # ── to workers ──────────────────────────────────────────────────────────────────────────────────
 
-    def place(self, now: float) -> list[Effect]:
-        """Assign what waits to whoever is free."""
-        placements = self._policy(self._waiting(now), list(self._cluster), self._ledger.in_flight)
+    def place(self, now: float, *, with_recovered: bool = True) -> list[Effect]:
+        """Assign what waits to whoever is free; recovered tasks only if told so."""
+        placements = self._policy(
+            self._waiting(now, with_recovered), list(self._cluster), self._ledger.in_flight
+        )
         effects: list[Effect] = []
         for placement in placements:
             task = self._ledger.get(placement.task)
@@ -186,9 +188,9 @@ class Attempts:
 
     # ── ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _waiting(self, now: float) -> Iterator[Waiting]:
+    def _waiting(self, now: float, with_recovered: bool) -> Iterator[Waiting]:
         for task in self._ledger.waiting():
-            if task.deadline_at > now:
+            if task.deadline_at > now and (with_recovered or not task.is_recovered):
                 avoid = frozenset(node for node, until in task.avoid.items() if until > now)
                 yield Waiting(task=task.id, submit=task.submit, avoid=avoid)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.store import RecordStore
+from coordinator.task import is_same
 from mesh.core import Effect, Fact, Message, Send
 from mesh.fence import Fence
 from mesh.ids import NodeId
@@ -57,12 +58,12 @@ class Holder:
         kept = self._store.get(hold.record.task, now)
         if kept is None:
             return []  # no room: without Held the coordinator asks another node
-        held = Held(epoch=hold.epoch, task=kept.task, settled=kept.outcome is not None)
-        effects.append(Send(sender, held))
-        if kept.outcome != hold.record.outcome:
-            news = Inventory(epoch=hold.epoch, records=[kept], running=[], ended=[], is_last=False, round=-1)
-            effects.append(Send(sender, news))
-        return effects
+        if kept.outcome is None or (hold.record.outcome and is_same(kept.outcome, hold.record.outcome)):
+            held = Held(epoch=hold.epoch, task=kept.task, settled=kept.outcome is not None)
+            return [*effects, Send(sender, held)]
+        # Not Held: what was sent is not what is kept. The coordinator repeats Hold until both agree.
+        news = Inventory(epoch=hold.epoch, records=[kept], running=[], ended=[], is_last=False, round=-1)
+        return [*effects, Send(sender, news)]
 
     def _recall(self, recall: Recall, sender: NodeId, now: float) -> list[Effect]:
         if sender == self._me:

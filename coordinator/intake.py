@@ -96,13 +96,12 @@ class Intake:
             accepted_at=at,
             deadline_at=FOREVER if submit.deadline_s is None else at + submit.deadline_s,
             hold_at=now,
+            is_recovered=at < now,
         )
         if submit.reply_to is not None:
             task.replies.append((submit.reply_to, submit.correlation))
         self._refused.pop(task_id, None)
         self._ledger.add(task)
-        if task.deadline_at <= now:
-            return self._settlement.expire(task, now)
         if self._term.copies.is_alone:
             return self._settlement.acknowledge(task, now)
         return self._term.copies.attend(task, self._term.epoch, now)

@@ -74,6 +74,9 @@ _HEARD_MAX = 4096
 class SchedulerConfig:
     recall_timeout_s: float = 1.0
     """How long a new coordinator waits for silent nodes before it acts on what it knows."""
+    straggler_s: float = 3.0
+    """How long recovered tasks are neither started nor expired while a node that is alive has not told what
+    it knows of them: it may be the one that has their end on disk. New tasks do not wait."""
     republish_max: int = 2000
     """Tasks whose retained topics are sent again at once when the link comes back."""
     reply_again_s: float = 15.0
@@ -113,6 +116,8 @@ class Scheduler:
         self._copies = Copies(self._cluster, self._config.copies)
         self._buffer = SubmissionBuffer()
         self._mode = Mode.FOLLOWING
+        self._recover_until = FOREVER
+        self._stragglers_until = FOREVER
         self._start_over(EPOCH_ZERO)
 
     # ── what others may read ────────────────────────────────────────────────────────────────────────
@@ -148,7 +153,8 @@ class Scheduler:
             case Mode.RECOVERING:
                 return min(self._recover_until, self._recalls.wake_at)
             case Mode.ACTIVE:
-                return min(self._ledger.wake_at, self._recalls.wake_at, self._intake.wake_at)
+                times = (self._ledger.wake_at, self._recalls.wake_at, self._intake.wake_at)
+                return min(*times, self._stragglers_until)
 
     # ── the three entrances ─────────────────────────────────────────────────────────────────────────
 
@@ -189,6 +195,8 @@ class Scheduler:
         if self._mode is Mode.RECOVERING and now >= self._recover_until:
             effects += self._activate(now)
         if self._mode is Mode.ACTIVE:
+            if self._stragglers_until <= now:
+                self._stragglers_until = FOREVER
             for task in self._ledger.due(now):
                 effects += self._attend(task, now)
             effects += self._intake.tick(now)
@@ -205,6 +213,7 @@ class Scheduler:
         self._ledger = self._term.ledger
         self._recalls = Recalls(epoch)
         self._recover_until = FOREVER
+        self._stragglers_until = FOREVER
         self._heard: list[tuple[NodeId, Inventory | AttemptEnded | AttemptsRunning]] = []
         self._settlement = Settlement(self._term, config.settlement)
         self._attempts = Attempts(
@@ -224,7 +233,7 @@ class Scheduler:
         self._start_over(epoch)
         self._mode = Mode.RECOVERING
         self._recover_until = now + self._config.recall_timeout_s
-        effects = [*self._fence.raise_to(epoch), *self._recalls.ask(self._cluster.others, now)]
+        effects = [*self._fence.raise_to(epoch), *self._recalls.ask(self._cluster.holders, now)]
         return effects + (self._activate(now) if self._recalls.is_complete else [])
 
     def _end(self) -> None:
@@ -260,6 +269,7 @@ class Scheduler:
         """All that would answer have: build the ledger, records first, then what workers say of them."""
         self._mode = Mode.ACTIVE
         self._recover_until = FOREVER
+        self._stragglers_until = FOREVER if self._recalls.is_complete else now + self._config.straggler_s
         heard, self._heard = self._heard, []
         own = Inventory(
             epoch=self.epoch,
@@ -384,20 +394,30 @@ class Scheduler:
     def _attend(self, task: Task, now: float) -> list[Effect]:
         """Everything time alone makes due for one task."""
         effects: list[Effect] = []
-        if task.is_open and task.deadline_at <= now:
+        if task.is_open and self._expires_at(task) <= now:
             effects += self._settlement.expire(task, now)
         elif task.is_open:
             effects += self._attempts.attend(task, now)
         effects += self._copies.attend(task, self.epoch, now)
         return effects + self._settlement.attend(task, now)
 
+    @property
+    def _awaits_stragglers(self) -> bool:
+        return self._stragglers_until != FOREVER and not self._recalls.is_complete
+
+    def _expires_at(self, task: Task) -> float:
+        if task.is_recovered and self._awaits_stragglers:
+            return max(task.deadline_at, self._stragglers_until)
+        return task.deadline_at
+
     def _rest(self, effects: list[Effect], now: float) -> list[Effect]:
         """After every input: start what can start, and put what changed back on the agenda."""
         if self._mode is Mode.ACTIVE:
-            effects = [*effects, *self._attempts.place(now)]
+            effects = [*effects, *self._attempts.place(now, with_recovered=not self._awaits_stragglers)]
         for task in self._ledger.take_touched():
             if task.is_open:
-                self._ledger.arm(task, min(task.deadline_at, task.hold_at, self._attempts.due_at(task, now)))
+                expires_at = self._expires_at(task)
+                self._ledger.arm(task, min(expires_at, task.hold_at, self._attempts.due_at(task, now)))
             else:
                 self._ledger.arm(task, min(task.hold_at, self._settlement.due_at(task)))
         return effects

@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "aged",
     "digest_of",
+    "is_same",
     "outcome_rank",
     "record_of",
     "result_of",
@@ -88,6 +89,11 @@ def outcome_rank(outcome: Outcome) -> tuple[Epoch, int, int, str, str]:
     return outcome.epoch, outcome.attempt, _STATE_RANK[outcome.state], outcome.node or "", text
 
 
+def is_same(one: Outcome, other: Outcome) -> bool:
+    """Whether two outcomes are one settlement."""
+    return outcome_rank(one) == outcome_rank(other)
+
+
 @dataclass(slots=True, kw_only=True)
 class Task:
     """One task in the coordinator's ledger. Times are on the coordinator's own monotonic clock."""
@@ -101,6 +107,8 @@ class Task:
     outcome: Outcome | None = None
     settled_at: float = FOREVER
     is_acknowledged: bool = False
+    is_recovered: bool = False
+    """From disks, at an election or later: another disk may know more of it."""
     is_published: bool = False
     """The result went out (or went out before this node coordinated)."""
 
@@ -222,6 +230,7 @@ def task_from(record: TaskRecord, now: float) -> Task:
         digest=record.digest,
         accepted_at=now - record.age_s,
         deadline_at=FOREVER if record.budget_s is None else now + record.budget_s,
+        is_recovered=True,
         is_acknowledged=True,  # perhaps it was: an acknowledged task must never be taken for another
     )
     if record.submit.reply_to is not None:
