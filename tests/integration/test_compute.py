@@ -1,0 +1,275 @@
+"""A real compute process: what it says, how it ends, and what happens when it ends badly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+
+from coordinator.facts import (
+    AttemptFinished,
+    AttemptText,
+    EngineLost,
+    EngineReady,
+    StartAttempt,
+    StopAttempt,
+)
+from mesh.errors import DecodeError
+from mesh.ids import Epoch, NodeId, TaskId
+from mesh.messages import Assign, Submit
+from node import worker as worker_module
+from node.compute import TextBatches
+from node.compute_messages import (
+    LENGTH_BYTES,
+    Ended,
+    Generate,
+    Load,
+    Text,
+    frame,
+    frame_size,
+    read_frame,
+)
+from node.worker import COMMAND, ComputeWorker, pause_s
+
+EPOCH = Epoch(3, NodeId("node-1"))
+LONG_S = 20.0  # a bound on waiting, not a wait: a loaded machine starts Python in seconds
+
+F = TypeVar("F")
+
+
+class Facts:
+    """What the worker told the node, in order; tests wait for the next of a kind."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    def learn(self, fact: Any) -> None:
+        self.all.append(fact)
+        self._queue.put_nowait(fact)
+
+    async def next(self, kind: type[F]) -> F:
+        async with asyncio.timeout(LONG_S):
+            while not isinstance(fact := await self._queue.get(), kind):
+                pass
+        return fact
+
+
+@asynccontextmanager
+async def compute(model: str, models_dir: Path, **options: Any) -> AsyncIterator[tuple[ComputeWorker, Facts]]:
+    facts = Facts()
+    worker = ComputeWorker(model, models_dir=models_dir, learn=facts.learn, **options)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker, facts
+    finally:
+        await worker.stop()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert worker.pid is None
+
+
+def start(task: str, prompt: str, **submit: Any) -> StartAttempt:
+    body = Submit(prompt=prompt, **submit)
+    return StartAttempt(Assign(epoch=EPOCH, task=TaskId(task), attempt=1, submit=body, budget_s=None))
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+async def until(condition: Any) -> None:
+    """For what no event announces: another process's end, a line of text."""
+    async with asyncio.timeout(LONG_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_an_attempt_is_answered_in_pieces_and_once_as_a_whole(tmp_path: Path) -> None:
+    async with compute("echo:100", tmp_path) as (worker, facts):
+        ready = await facts.next(EngineReady)
+        assert (ready.model, ready.slots, worker.device) == ("echo", 4, "cpu")
+        prompt = " ".join(f"word{i}" for i in range(30))
+        worker.carry_out(start("t1", prompt))
+        assert worker.activity == "1 task"
+        outcome = (await facts.next(AttemptFinished)).outcome
+        pieces = [fact for fact in facts.all if isinstance(fact, AttemptText)]
+        assert "".join(piece.text for piece in pieces) == outcome.text == prompt
+        assert sum(piece.n_tokens for piece in pieces) == outcome.n_tokens == 30
+        assert 3 <= len(pieces) <= 15, "0.3 s of text, in batches of about 70 ms"
+        assert (outcome.state, outcome.retry, outcome.epoch, outcome.attempt) == ("done", False, EPOCH, 1)
+        assert worker.activity == "idle" and worker.tokens_per_s > 0
+
+
+async def test_stopping_an_attempt_ends_it_early_with_what_it_has(tmp_path: Path) -> None:
+    async with compute("echo:50", tmp_path) as (worker, facts):
+        await facts.next(EngineReady)
+        worker.carry_out(start("t1", "word " * 4000, max_tokens=4000))
+        first = await facts.next(AttemptText)
+        worker.carry_out(StopAttempt(TaskId("t1"), 1, "cancelled by the client"))
+        worker.carry_out(StopAttempt(TaskId("t1"), 1, "cancelled by the client"))
+        outcome = (await facts.next(AttemptFinished)).outcome
+        assert (outcome.state, outcome.reason) == ("cancelled", "cancelled by the client")
+        assert outcome.text.startswith(first.text) and outcome.n_tokens < 4000
+        worker.carry_out(start("t2", "still here"))
+        assert (await facts.next(AttemptFinished)).outcome.text == "still here"
+
+
+async def test_a_killed_child_fails_its_attempts_for_a_retry_and_comes_back(tmp_path: Path) -> None:
+    async with compute("echo:5", tmp_path) as (worker, facts):
+        await facts.next(EngineReady)
+        worker.carry_out(start("t1", "one two three four five"))
+        worker.carry_out(start("t2", "one two three four five"))
+        await facts.next(AttemptText)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in range(2):
+            outcome = (await facts.next(AttemptFinished)).outcome
+            assert (outcome.state, outcome.retry) == ("failed", True)
+            assert "out of memory" in (outcome.reason or "")
+        assert "out of memory" in (await facts.next(EngineLost)).reason
+        assert not worker.is_ready
+        await facts.next(EngineReady)
+        worker.carry_out(start("t1", "again"))
+        assert (await facts.next(AttemptFinished)).outcome.text == "again"
+
+
+async def test_an_attempt_without_a_loaded_model_fails_at_once_for_a_retry(tmp_path: Path) -> None:
+    facts = Facts()
+    worker = ComputeWorker("echo", models_dir=tmp_path, learn=facts.learn)
+    worker.carry_out(start("t1", "too early"))
+    outcome = (await facts.next(AttemptFinished)).outcome
+    assert outcome.retry and "no model is loaded" in (outcome.reason or "")
+
+
+async def test_a_node_that_stops_hands_back_what_runs(tmp_path: Path) -> None:
+    async with compute("echo:1", tmp_path) as (worker, facts):
+        await facts.next(EngineReady)
+        worker.carry_out(start("t1", "one two three"))
+        pid = worker.pid
+        assert pid is not None
+        await worker.stop()
+        outcome = (await facts.next(AttemptFinished)).outcome
+        assert outcome.retry and has_ended(pid)
+
+
+async def test_an_unknown_model_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    async with compute("no-such-model", tmp_path) as (worker, facts):
+        lost = await facts.next(EngineLost)
+        assert "smollm2-135m" in lost.reason, "it names what there is"
+        await until(lambda: worker.activity.startswith("cannot compute"))
+        assert [fact for fact in facts.all if isinstance(fact, EngineLost)] == [lost]
+
+
+async def test_a_child_that_talks_nonsense_is_ended_and_replaced(tmp_path: Path) -> None:
+    nonsense = (sys.executable, "-c", "import sys; print('x' * 100, flush=True); sys.stdin.read()")
+    async with compute("echo", tmp_path, command=nonsense) as (_, facts):
+        assert "no message" in (await facts.next(EngineLost)).reason
+
+
+async def test_a_child_that_dies_at_start_is_reported_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_PAUSE_S_FIRST", 0.001)
+    broken = (sys.executable, "-c", "raise SystemExit('libtorch is missing')")
+    async with compute("echo", tmp_path, command=broken) as (worker, facts):
+        for _ in range(worker_module._QUICK_ENDS_MAX):
+            assert "exit code 1" in (await facts.next(EngineLost)).reason
+        await until(lambda: "again in" in worker.activity and " 0 s" not in worker.activity)
+        assert worker.activity.split()[-2] >= "150", "after five quick ends it waits minutes"
+
+
+def test_pauses_double_with_jitter_and_become_long() -> None:
+    rng = Random(7)
+    assert [0.5 * 2**n >= pause_s(n, rng) >= 0.25 * 2**n for n in range(1, 5)] == [True] * 4
+    assert 150 <= pause_s(5, rng) <= 300
+    assert len({pause_s(3, rng) for _ in range(10)}) == 10
+
+
+def test_the_child_ends_when_its_input_ends(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(frame(Load(model="echo", models_dir=str(tmp_path))))
+    child.stdin.flush()
+    assert type(read_frame(child.stdout)).__name__ == "Ready"  # type: ignore[arg-type]
+    child.stdin.close()
+    assert child.wait(LONG_S) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG and oom_score_adj are Linux's")
+def test_the_child_dies_with_a_killed_node_and_is_the_first_to_go_without_memory(tmp_path: Path) -> None:
+    code = f"""
+import asyncio, pathlib
+from node.worker import ComputeWorker
+async def main():
+    worker = ComputeWorker("echo", models_dir=pathlib.Path({str(tmp_path)!r}),
+                           learn=lambda fact: print(worker.pid, flush=True))
+    await worker.run()
+asyncio.run(main())
+"""
+    node = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert node.stdout is not None
+    pid = int(node.stdout.readline())
+    assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) >= 500
+    node.kill()
+    node.wait()
+    asyncio.run(until(lambda: has_ended(pid)))
+
+
+def test_ctrl_c_in_the_terminal_does_not_kill_the_child_before_the_node_says_so(tmp_path: Path) -> None:
+    child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(frame(Load(model="echo", models_dir=str(tmp_path))))
+    child.stdin.flush()
+    read_frame(child.stdout)  # type: ignore[arg-type]
+    child.send_signal(signal.SIGINT)
+    child.stdin.write(frame(Generate(task=TaskId("t1"), attempt=1, submit=Submit(prompt="hi"))))
+    child.stdin.flush()
+    assert isinstance(read_frame(child.stdout), Text)  # type: ignore[arg-type]
+    child.stdin.close()
+    assert child.wait(LONG_S) == 0
+
+
+def test_a_frame_longer_than_any_message_is_refused_before_it_is_read() -> None:
+    with pytest.raises(DecodeError):
+        frame_size(b"\xff" * LENGTH_BYTES)
+
+
+def test_batches_send_the_first_token_at_once_and_join_the_rest() -> None:
+    now = 10.0
+    said: list[Any] = []
+    batches = TextBatches(said.append, lambda: now)
+
+    def token(text: str) -> Text:
+        return Text(task=TaskId("t1"), attempt=1, text=text, n_tokens=1)
+
+    batches.take(token("a"))
+    batches.flush()
+    assert [piece.text for piece in said] == ["a"]
+    for text in "bcd":
+        now += 0.01
+        batches.take(token(text))
+        batches.flush()
+    assert len(said) == 1 and 0 < (batches.due_s or 0) <= 0.07
+    now += 0.1
+    batches.flush()
+    batches.take(token("e"))
+    batches.take(Ended(task=TaskId("t1"), attempt=1, state="done", text="abcde"))
+    assert [piece.text for piece in said] == ["a", "bcd", "e", "abcde"]
+    assert [getattr(piece, "n_tokens", 0) for piece in said][:3] == [1, 3, 1]
+    assert batches.due_s is None
