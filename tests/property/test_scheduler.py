@@ -60,7 +60,9 @@ def check(world: World, ids: list[str], submitted_at: dict[str, float], late_max
         results = [m for _, _, m in world.said if isinstance(m, TaskResult) and m.task == task]
         if task in acknowledged:
             assert results, f"{task} was acknowledged and never ended; states {world.states(task)}"
-        assert len({(r.state, r.text, r.attempt, r.epoch) for r in results}) <= 1, f"{task} ended twice: {results}"
+        assert len({(r.state, r.text, r.attempt, r.epoch) for r in results}) <= 1, (
+            f"{task} ended twice: {results}"
+        )
         outcomes = [
             record.outcome
             for host in world.up
@@ -71,7 +73,9 @@ def check(world: World, ids: list[str], submitted_at: dict[str, float], late_max
             statuses = [status.state for status in world.heard(TaskStatus, task) if status.epoch == epoch]
             ends = [i for i, state in enumerate(statuses) if state in TERMINAL_STATES]
             if ends:
-                assert set(statuses[ends[0] :]) == {statuses[ends[0]]}, f"{task} went on after its end: {statuses}"
+                assert set(statuses[ends[0] :]) == {statuses[ends[0]]}, (
+                    f"{task} went on after its end: {statuses}"
+                )
     for at, node, assign in world.started:
         deadline_s = assign.submit.deadline_s
         if deadline_s is not None:
@@ -85,7 +89,9 @@ def check(world: World, ids: list[str], submitted_at: dict[str, float], late_max
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), n_nodes=st.integers(1, 5), loss=st.sampled_from([0.0, 0.05, 0.3]))
-def test_every_acknowledged_task_ends_once_under_loss_and_reordering(seed: int, n_nodes: int, loss: float) -> None:
+def test_every_acknowledged_task_ends_once_under_loss_and_reordering(
+    seed: int, n_nodes: int, loss: float
+) -> None:
     world, chaos = rough_world(seed, n_nodes, loss), Random(f"chaos/{seed}")
     ids: list[str] = []
     submitted_at: dict[str, float] = {}
@@ -102,7 +108,9 @@ def test_every_acknowledged_task_ends_once_under_loss_and_reordering(seed: int, 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), n_nodes=st.integers(2, 5), loss=st.sampled_from([0.0, 0.1]))
-def test_every_acknowledged_task_ends_once_while_nodes_die_and_come_back(seed: int, n_nodes: int, loss: float) -> None:
+def test_every_acknowledged_task_ends_once_while_nodes_die_and_come_back(
+    seed: int, n_nodes: int, loss: float
+) -> None:
     """One node at a time is away, so of two disks that have a task one is always there."""
     world, chaos = rough_world(seed, n_nodes, loss, delay_s=0.2), Random(f"chaos/{seed}")
     ids: list[str] = []
@@ -127,7 +135,9 @@ def test_every_acknowledged_task_ends_once_while_nodes_die_and_come_back(seed: i
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), n_nodes=st.integers(2, 5))
-def test_handing_over_the_coordination_at_any_moment_loses_and_doubles_nothing(seed: int, n_nodes: int) -> None:
+def test_handing_over_the_coordination_at_any_moment_loses_and_doubles_nothing(
+    seed: int, n_nodes: int
+) -> None:
     world, chaos = rough_world(seed, n_nodes, 0.0, delay_s=0.2), Random(f"chaos/{seed}")
     ids: list[str] = []
     submitted_at: dict[str, float] = {}
@@ -157,7 +167,9 @@ def test_queues_are_bounded_and_every_submission_gets_an_answer(seed: int, n: in
     most = 0
     for i in range(n):
         world.say(ask(f"p{i}", id=TaskId(f"t{i}")))
-        most = max(most, sum(n for state, n in world.scheduler.counts.items() if state not in TERMINAL_STATES))
+        most = max(
+            most, sum(n for state, n in world.scheduler.counts.items() if state not in TERMINAL_STATES)
+        )
     assert most <= open_max
     world.run(60)
     assert all(world.states(f"t{i}")[-1] in ("done", "rejected") for i in range(n))
@@ -182,7 +194,9 @@ def test_permuted_simultaneous_arrivals_start_in_one_order(prompts: list[str], d
 # ── the checker can fail ────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_worker_that_forgets_its_outcome_at_once_turns_the_check_red(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_forgets_its_outcome_at_once_turns_the_check_red(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Planted: no dedup of what ended. Repeated and late ``Assign``s then run a task again."""
     from coordinator import worker
 

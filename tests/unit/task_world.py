@@ -149,7 +149,12 @@ class World:
             self.learn(name, EngineReady(MODEL, 2048, self.slots))
             for other in self.up:
                 for seer, seen_node in ((other, self.hosts[NodeId(name)]), (self.hosts[NodeId(name)], other)):
-                    self._feed(seer, lambda h, n=seen_node: h.stack.receive(info(n.node, slots=self.slots), n.node, self.now))
+                    self._feed(
+                        seer,
+                        lambda h, n=seen_node: h.stack.receive(
+                            info(n.node, slots=self.slots), n.node, self.now
+                        ),
+                    )
                     self._feed(seer, lambda h, n=seen_node: h.stack.receive(report(n.node), n.node, self.now))
                     if seer is not seen_node:
                         self.learn(seer.node, MemberChanged(seen_node.node, "alive", seen_node.incarnation))
@@ -167,7 +172,9 @@ class World:
         """Membership declares the node dead on all others."""
         for host in self.up:
             if host.node != node:
-                self.learn(host.node, MemberChanged(NodeId(node), standing, self.hosts[NodeId(node)].incarnation))
+                self.learn(
+                    host.node, MemberChanged(NodeId(node), standing, self.hosts[NodeId(node)].incarnation)
+                )
 
     def elect(self, node: str, *, told: bool = True) -> Epoch:
         self.term += 1
@@ -297,7 +304,9 @@ class World:
         assign = host.running.pop((task, attempt), None)
         if assign is None or not host.is_up:
             return
-        outcome = answer_of(assign, state="cancelled", finish_reason=None) if is_stopped else self.answer(assign)
+        outcome = (
+            answer_of(assign, state="cancelled", finish_reason=None) if is_stopped else self.answer(assign)
+        )
         self._at(self.now, lambda: self.learn(host.node, AttemptFinished(task, attempt, outcome)))
 
 

@@ -134,7 +134,9 @@ def test_the_same_body_under_the_same_id_runs_once_and_is_answered_again() -> No
     world.say(ask(id=TaskId("t1"), reply_to="me/late"))
     world.run(2)
     assert len(world.started) == 1
-    assert [body.text for body in world.replies("me/late") if isinstance(body, TaskResult)] == ["answer to hello"]
+    assert [body.text for body in world.replies("me/late") if isinstance(body, TaskResult)] == [
+        "answer to hello"
+    ]
     assert len({result.text for result in world.results("t1")}) == 1
 
 
@@ -146,7 +148,9 @@ def test_another_body_under_a_taken_id_leaves_the_first_alone() -> None:
     world.say(ask("something else", id=TaskId("t1"), reply_to="me/oops"))
     world.run(2)
     (reply,) = world.replies("me/oops")
-    assert isinstance(reply, TaskStatus) and reply.state == "rejected" and "another body" in (reply.reason or "")
+    assert (
+        isinstance(reply, TaskStatus) and reply.state == "rejected" and "another body" in (reply.reason or "")
+    )
     assert len(world.heard(TaskStatus, "t1")) == before
     assert any("another body" in event.text for event in world.heard(TaskEvent))
 
@@ -399,7 +403,9 @@ def test_a_fenced_coordinator_can_do_no_harm() -> None:
     world.run(3)
     world.say(ask(id=TaskId("t1")))
     world.run(5)
-    publishers = {node for _, node, m in world.said if isinstance(m, TaskStatus | TaskResult) and m.task == "t1"}
+    publishers = {
+        node for _, node, m in world.said if isinstance(m, TaskStatus | TaskResult) and m.task == "t1"
+    }
     assert publishers == {"n1"}
     assert len(world.started) == 1
 
@@ -447,7 +453,10 @@ def test_a_new_broker_hears_everything_retained_again() -> None:
     world.run(5)
     effects = world.hosts[NodeId("n0")].stack.learn(LinkUp(2, NodeId("n1")), world.now)
     said = [effect.message for effect in effects if isinstance(effect, Broadcast)]
-    assert {type(message) for message in said if getattr(message, "task", None) == "done"} >= {TaskResult, TaskStatus}
+    assert {type(message) for message in said if getattr(message, "task", None) == "done"} >= {
+        TaskResult,
+        TaskStatus,
+    }
 
 
 # ── bounds ──────────────────────────────────────────────────────────────────────────────────────────
@@ -502,4 +511,3 @@ def test_counts_follow_the_tasks() -> None:
     assert world.scheduler.counts == {"queued": 2, "running": 1}
     world.run(10)
     assert world.scheduler.counts == {"done": 3}
-

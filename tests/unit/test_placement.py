@@ -1,0 +1,81 @@
+"""Where waiting tasks go."""
+
+from __future__ import annotations
+
+import itertools
+from time import perf_counter
+
+from coordinator.cluster import Node
+from coordinator.placement import Waiting, least_loaded
+from mesh.ids import NodeId, TaskId
+from mesh.messages import Submit
+from tests.unit.task_world import info, report
+
+
+def node(name: str, *, slots: int = 2, ready: bool = True, **fields: object) -> Node:
+    return Node(
+        id=NodeId(name),
+        standing="alive",
+        info=info(name, slots=slots, **fields),  # type: ignore[arg-type]
+        report=report(name, ready=ready),
+    )
+
+
+def waiting(n: int, **fields: object) -> list[Waiting]:
+    return [Waiting(task=TaskId(f"t{i}"), submit=Submit(prompt="hi", **fields)) for i in range(n)]  # type: ignore[arg-type]
+
+
+def where(placements: list) -> list[str]:  # type: ignore[type-arg]
+    return [placement.node for placement in placements]
+
+
+def test_tasks_spread_over_nodes_in_proportion_to_their_slots() -> None:
+    placed = where(least_loaded(waiting(6), [node("a", slots=2), node("b", slots=4)], {}))
+    assert (placed.count("a"), placed.count("b")) == (2, 4)
+
+
+def test_what_runs_already_counts() -> None:
+    assert where(least_loaded(waiting(1), [node("a"), node("b")], {NodeId("a"): 1})) == ["b"]
+
+
+def test_nothing_is_placed_beyond_the_slots() -> None:
+    assert len(least_loaded(waiting(9), [node("a"), node("b")], {NodeId("a"): 2})) == 2
+
+
+def test_ties_go_to_the_larger_node_and_then_by_id_whatever_the_order_of_nodes() -> None:
+    nodes = [node("b"), node("a"), node("c", slots=3)]
+    answers = {
+        tuple(where(least_loaded(waiting(2), list(order), {}))) for order in itertools.permutations(nodes)
+    }
+    assert answers == {("c", "a")}
+
+
+def test_a_task_that_fits_nowhere_does_not_hold_up_the_next() -> None:
+    tasks = [*waiting(1, model="other"), Waiting(task=TaskId("next"), submit=Submit(prompt="hi"))]
+    assert [p.task for p in least_loaded(tasks, [node("a")], {})] == ["next"]
+
+
+def test_a_node_that_refused_a_moment_ago_is_left_out() -> None:
+    task = Waiting(task=TaskId("t"), submit=Submit(prompt="hi"), avoid=frozenset({NodeId("a")}))
+    assert where(least_loaded([task], [node("a"), node("b")], {})) == ["b"]
+    assert least_loaded([task], [node("a")], {}) == []
+
+
+def test_adapter_and_readiness_are_needed() -> None:
+    nodes = [node("a"), node("b", adapters=("german",), ready=False), node("c", adapters=("german",))]
+    assert where(least_loaded(waiting(1, adapter="german"), nodes, {})) == ["c"]
+
+
+def test_every_placement_says_why() -> None:
+    (placement,) = least_loaded(waiting(1), [node("a")], {NodeId("a"): 1})
+    assert placement.reason == "1 of 2 slots taken"
+
+
+def test_a_thousand_tasks_on_sixteen_nodes_are_placed_within_a_tick() -> None:
+    tasks, nodes = waiting(1000), [node(f"n{i:02}", slots=64) for i in range(16)]
+    best_s = float("inf")
+    for _ in range(3):
+        began = perf_counter()
+        assert len(least_loaded(tasks, nodes, {})) == 1000
+        best_s = min(best_s, perf_counter() - began)
+    assert best_s < 0.1, f"{best_s} s"
