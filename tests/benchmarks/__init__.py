@@ -1,0 +1,1 @@
+"""``python -m tests.benchmarks.NAME [--quick] [--json]``: every claim about speed, measured."""

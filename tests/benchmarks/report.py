@@ -1,0 +1,119 @@
+"""How every benchmark speaks: the same flags, the same table, the same JSON lines.
+
+    def measure(options: Options) -> Iterator[Metric]: ...
+
+    if __name__ == "__main__":
+        sys.exit(main("what this measures", measure))
+
+With ``--json`` each metric is one line ``{"metric", "value", "unit", "target", "seeds", "detail"}`` as
+soon as it is known; otherwise a table at the end. The exit code is 1 if a target is missed, so that a
+benchmark can gate. Talk goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Metric", "Options", "main", "percentile", "spread", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    quick: bool
+    """Fewer repetitions: proves that the benchmark runs, not what it says."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One measured number. ``target`` reads ``>= 1`` or ``<= 5``; ``None`` = informative."""
+
+    metric: str
+    value: float
+    unit: str
+    target: str | None = None
+    seeds: int = 1
+    """How many independent repetitions are behind the value."""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.target is None:
+            return None
+        sign, bound = self.target.split()
+        assert sign in (">=", "<="), f"a target is '>= x' or '<= x', got {self.target!r}"
+        return self.value >= float(bound) if sign == ">=" else self.value <= float(bound)
+
+    def line(self) -> str:
+        return json.dumps(
+            {
+                "metric": self.metric,
+                "value": self.value,
+                "unit": self.unit,
+                "target": self.target,
+                "seeds": self.seeds,
+                "detail": self.detail,
+            }
+        )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which ``percent`` of them lie, by the nearest rank: always one that was measured."""
+    assert values and 0 <= percent <= 100
+    ordered = sorted(values)
+    rank = math.ceil(len(ordered) * percent / 100)
+    return ordered[max(rank, 1) - 1]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most, rounded for people."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def table(metrics: Iterable[Metric]) -> str:
+    rows = [("metric", "value", "unit", "target", "", "detail")]
+    for metric in metrics:
+        met = {True: "met", False: "MISSED", None: ""}[metric.is_met]
+        detail = ", ".join(f"{key} {value}" for key, value in metric.detail.items())
+        rows.append((metric.metric, f"{metric.value:.4g}", metric.unit, metric.target or "", met, detail))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * min(100, max(map(len, lines))), *lines[1:]])
+
+
+def main(
+    description: str,
+    measure: Callable[[Options], Iterator[Metric]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the flags, run, print. Exit code 1 if a target was missed (never with ``--quick``)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="few repetitions; targets do not gate")
+    parser.add_argument("--json", action="store_true", help="one JSON object per metric and line")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    metrics = []
+    for metric in measure(Options(quick=arguments.quick, seed=arguments.seed)):
+        metrics.append(metric)
+        if arguments.json:
+            print(metric.line(), flush=True)
+        else:
+            print(f"{metric.metric}: {metric.value:.4g} {metric.unit}", file=sys.stderr, flush=True)
+    if not arguments.json:
+        print(table(metrics))
+    missed = [metric.metric for metric in metrics if metric.is_met is False]
+    return 1 if missed and not arguments.quick else 0
