@@ -37,7 +37,6 @@ class SimClient:
         self.place = name
         self.connection: Connection | None = None
         self.is_connecting = False
-        self.broker_name: str | None = SITE
         self.tasks: dict[TaskId, Asked] = {}
         self._rng = Random(f"{seed}/{name}")
         world.network.connect(self)
@@ -45,7 +44,11 @@ class SimClient:
     # ── what the network asks ───────────────────────────────────────────────────────────────────────
 
     def uses(self) -> str | None:
-        return self.broker_name
+        """The site's broker; where there is none, the one that some running node uses."""
+        if SITE in self.world.network.brokers:
+            return SITE
+        lives = [host.life for host in self.world.hosts.values() if host.life is not None]
+        return next((life.broker_name for life in lives if life.connection is not None), None)
 
     def is_running(self) -> bool:
         return True

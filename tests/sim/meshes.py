@@ -16,6 +16,7 @@ from tests.sim.clients import SimClient, clients_of
 from tests.sim.elections import is_settled
 from tests.sim.engine import EngineShell, info_of
 from tests.sim.faults import Faults, draw_faults
+from tests.sim.hosted import HostingShell
 from tests.sim.world import Birth, World
 
 __all__ = ["Mesh", "mesh_world"]
@@ -32,6 +33,14 @@ class Mesh:
     @property
     def is_settled(self) -> bool:
         return is_settled(self.world)
+
+    @property
+    def is_on_one_broker(self) -> bool:
+        lives = [self.world.hosts[node].life for node in self.world.remaining]
+        links = [life.connection if life is not None else None for life in lives]
+        return all(link is not None and link.is_open for link in links) and (
+            len({link.broker.name for link in links if link is not None}) == 1
+        )
 
     @property
     def are_clients_content(self) -> bool:
@@ -52,6 +61,8 @@ class Mesh:
         world.heal()
         for node in world.remaining:
             world.drain(node, on=False)
+        if not world.run_until(lambda: self.is_on_one_broker, within_s=within_s):
+            return "no broker that all use"
         if not world.run_until(lambda: self.is_settled, within_s=within_s):
             return "no coordinator that all follow"
         if not world.run_until(lambda: self.are_clients_content, within_s=within_s):
@@ -67,7 +78,7 @@ class Mesh:
         return None
 
 
-def build_with(wrap: Callable[[Core], Core]) -> Callable[[Birth], Core]:
+def build_with(wrap: Callable[[Core], Core], external: BrokerRef | None) -> Callable[[Birth], Core]:
     def build(birth: Birth) -> Core:
         known = birth.disk.get(INCARNATION_KEY)
         incarnation = known.incarnation + 1 if isinstance(known, NodeState) else 1
@@ -79,7 +90,7 @@ def build_with(wrap: Callable[[Core], Core]) -> Callable[[Birth], Core]:
             records=birth.disk,
             rng=birth.rng,
             now=birth.now,
-            external=SITE_BROKER,
+            external=external,
         )
         return wrap(cores.stack)
 
@@ -97,19 +108,24 @@ def mesh_world(
     keeps: Callable[[Save], bool] = lambda save: True,
     n_tasks: int | None = None,
     length_s: float = 30.0,
+    is_hosted: bool = False,
 ) -> Mesh:
-    """Sizes (1 to 9), faults, load and the speed of engines are drawn, unless given."""
+    """Sizes (1 to 9), faults, load and the speed of engines are drawn, unless given.
+
+    ``is_hosted``: there is no broker but those the nodes host themselves.
+    """
     rng = Random(f"draw/{seed}")
     n_nodes = n_nodes or rng.randint(1, 9)
     drawn = draw_faults(rng, one_at_a_time=one_at_a_time, brokers=n_brokers)
-    shell = EngineShell(seed, service_s=rng.choice((0.05, 0.5, 2.0)), failure_p=rng.choice((0.0, 0.0, 0.1)))
+    shell_type = HostingShell if is_hosted else EngineShell
+    shell = shell_type(seed, service_s=rng.choice((0.05, 0.5, 2.0)), failure_p=rng.choice((0.0, 0.0, 0.1)))
     world = World(
         seed,
         n_nodes=n_nodes,
-        build=build_with(wrap),
+        build=build_with(wrap, None if is_hosted else SITE_BROKER),
         faults=faults or drawn,
         shell=shell,
-        brokers=["site", *(f"site-{index}" for index in range(1, n_brokers))],
+        brokers=[] if is_hosted else ["site", *(f"site-{index}" for index in range(1, n_brokers))],
         keeps=keeps,
     )
     n_clients = rng.randint(1, 2)

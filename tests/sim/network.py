@@ -106,6 +106,7 @@ class Broker:
     nodes: dict[str, Connection]
     clients: dict[str, Connection]
     retained: dict[Key, tuple[Topic, Any, str]]
+    stalled_until: float = 0.0
 
     @property
     def incarnation(self) -> str:
@@ -153,6 +154,19 @@ class Network:
             self.queue.after(self._delay(), self._client_notices, connection)
         broker.nodes.clear()
         broker.clients.clear()
+
+    def stall_broker(self, broker: Broker, length_s: float) -> None:
+        """Its process is stopped: a short stop is a delay, a long one breaks every keep-alive."""
+        broker.stalled_until = max(broker.stalled_until, self.queue.now + length_s)
+        for connection in broker.connections():
+            self._interrupt(connection, broker.stalled_until, length_s)
+
+    def _interrupt(self, connection: Connection, until: float, length_s: float) -> None:
+        if length_s > KEEPALIVE_S * 0.5:
+            self.break_connection(connection, slowly=True)
+        else:
+            connection.up_at = max(connection.up_at, until)
+            connection.down_at = max(connection.down_at, until)
 
     def _start_broker(self, broker: Broker) -> None:
         broker.is_up = True
@@ -254,20 +268,18 @@ class Network:
         for broker in self.brokers.values():
             for connection in broker.connections():
                 if {connection.endpoint.place, broker.place} == {place, other} and place != other:
-                    if length_s > KEEPALIVE_S * 0.5:
-                        self.break_connection(connection, slowly=True)
-                    else:
-                        connection.up_at = max(connection.up_at, until)
-                        connection.down_at = max(connection.down_at, until)
+                    self._interrupt(connection, until, length_s)
 
     def unblock(self) -> None:
         self._blocked_until.clear()
+        for broker in self.brokers.values():
+            broker.stalled_until = 0.0
 
     def is_reachable(self, place: str, other: str) -> bool:
         return self._blocked_until.get((place, other), 0.0) <= self.queue.now
 
     def _is_blocked(self, endpoint: Endpoint, broker: Broker) -> bool:
-        return not self.is_reachable(endpoint.place, broker.place)
+        return broker.stalled_until > self.queue.now or not self.is_reachable(endpoint.place, broker.place)
 
     def _client_notices(self, connection: Connection) -> None:
         if connection.endpoint.connection is connection:

@@ -88,6 +88,25 @@ def test_split_over_three_brokers_and_merged_all_nodes_agree_on_every_task(block
         assert not found, report(seed, mesh, found)
 
 
+@pytest.mark.parametrize("block", range(4))
+def test_meshes_that_host_their_broker_become_one_again_and_end_every_task(block: int) -> None:
+    """Hosts of brokers die, stop and are cut off; brokers are born at once; all must meet on one."""
+    for seed in seeds(50, block * 50):
+        mesh = storm(seed, is_hosted=True)
+        found = violations(mesh)
+        assert not found, report(seed, mesh, found)
+
+
+@pytest.mark.parametrize("n_nodes", range(1, 10))
+def test_control_a_mesh_left_alone_starts_one_broker_and_keeps_it(n_nodes: int) -> None:
+    mesh = mesh_world(n_nodes, n_nodes=n_nodes, faults=CALM, length_s=20.0, is_hosted=True)
+    mesh.storm(20.0)
+    hosted = [e.what for e in mesh.world.history if type(e.what).__name__ == "UseBroker"]
+    assert mesh.is_on_one_broker and mesh.is_settled
+    assert len({used.broker.host for used in hosted}) == 1
+    assert not violations(mesh)
+
+
 @pytest.mark.parametrize("n_nodes", range(1, 10))
 def test_control_without_faults_every_task_has_one_result_and_clients_wait_for_none(n_nodes: int) -> None:
     mesh = mesh_world(n_nodes, n_nodes=n_nodes, faults=CALM, length_s=20.0)
@@ -149,6 +168,19 @@ def test_a_coordinator_that_never_recalls_turns_the_agreement_check_red() -> Non
         return [wrong] if wrong else []
 
     planted("coordinator.recovery.Recalls.ask", lambda recalls, nodes, now: [], storm, unhealed)
+
+
+def test_brokers_of_equal_rank_turn_the_meeting_check_red() -> None:
+    def unmet(mesh: Mesh) -> list[str]:
+        wrong = mesh.heal(within_s=HEALS_WITHIN_S)
+        return [wrong] if wrong and "broker" in wrong else []
+
+    planted(
+        "mesh.facts.BrokerRef.outranks",
+        lambda broker, other: False,
+        lambda seed: storm(seed, is_hosted=True),
+        unmet,
+    )
 
 
 def test_an_acknowledgement_before_the_second_disk_turns_the_loss_checker_red() -> None:

@@ -330,7 +330,7 @@ class World:
                 self.start(node)
             else:
                 host.life.continue_now()
-            if self.network.brokers and self._broker_of[node] is not None:
+            if self._broker_of[node] is not None:
                 self.move(node, next(iter(self.network.brokers)))
 
     # ── hosts ───────────────────────────────────────────────────────────────────────────────────────
@@ -384,14 +384,19 @@ class World:
         if life is not None:
             self.note(f"stopped for {length_s:.2f} s", life)
             life.stop_for(length_s)
+            stall = getattr(self.shell, "stall", None)
+            if stall is not None:
+                stall(life, length_s)
 
     def cut_off(self, node: NodeId, length_s: float) -> None:
         """No packet between this node and any broker's place, nor any other node."""
         life = self.hosts[node].life
         if life is not None:
             self.note(f"cut off for {length_s:.2f} s", life)
-        for broker in self.network.brokers.values():
-            self.network.block(node, broker.place, length_s)
+        places = [broker.place for broker in self.network.brokers.values()]
+        for place in dict.fromkeys([*places, *self.hosts]):
+            if place != node:
+                self.network.block(node, place, length_s)
 
     def move(self, node: NodeId, broker: str) -> None:
         """The node uses another broker from now on."""
@@ -402,7 +407,9 @@ class World:
         if life is not None:
             self.use_broker(life, broker)
 
-    def use_broker(self, life: Life, broker: str) -> None:
+    def use_broker(self, life: Life, broker: str | None) -> None:
+        if life.broker_name == broker and life.connection is not None:
+            return
         life.broker_name = broker
         if life.connection is not None:
             self.network.disconnect(life)
