@@ -89,7 +89,8 @@ class RecordStore:
                 case _:
                     pass
 
-    def __len__(self) -> int:
+    @property
+    def n_records(self) -> int:
         return len(self._open) + len(self._settled)
 
     def get(self, task: TaskId, now: float) -> TaskRecord | None:

@@ -1,0 +1,131 @@
+"""The second disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.holder import Holder
+from coordinator.store import RecordStore, StoreConfig
+from coordinator.task import digest_of
+from mesh.core import Effect, Save, Send
+from mesh.fence import Fence
+from mesh.ids import Epoch, NodeId, TaskId
+from mesh.messages import AttemptEnded, AttemptId, Held, Hold, Inventory, Outcome, Recall, StaleCommand, TaskRecord
+from tests.unit.task_world import ask
+
+BOSS = NodeId("boss")
+E1, E2 = Epoch(1, BOSS), Epoch(2, BOSS)
+
+
+def holder(store: RecordStore | None = None, seen: Epoch = E1) -> Holder:
+    return Holder(me=NodeId("me"), fence=Fence(seen), store=store or RecordStore(now=0))
+
+
+def record(name: str = "t", text: str | None = None, term: int = 1, prompt: str = "hello") -> TaskRecord:
+    submit = ask(prompt)
+    ended = None
+    if text is not None:
+        ended = Outcome(
+            state="done",
+            text=text,
+            finish_reason=None,
+            reason=None,
+            node=BOSS,
+            attempt=1,
+            epoch=Epoch(term, BOSS),
+        )
+    return TaskRecord(
+        task=TaskId(name), submit=submit, digest=digest_of(submit), budget_s=9.0, outcome=ended, epoch=E1
+    )
+
+
+def sent(effects: list[Effect]) -> list[object]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def test_a_record_is_on_disk_before_it_is_said_to_be_held() -> None:
+    effects = holder().receive(Hold(epoch=E1, record=record()), BOSS, 0)
+    assert [type(effect) for effect in effects] == [Save, Send]
+    assert sent(effects) == [Held(epoch=E1, task=TaskId("t"), settled=False)]
+
+
+def test_a_repeated_hold_is_answered_again_and_written_once() -> None:
+    one = holder()
+    one.receive(Hold(epoch=E1, record=record(text="yes")), BOSS, 0)
+    effects = one.receive(Hold(epoch=E1, record=record(text="yes")), BOSS, 0)
+    assert [type(effect) for effect in effects] == [Send]
+
+
+def test_an_overtaken_hold_of_the_open_version_brings_back_the_settled_one() -> None:
+    one = holder()
+    one.receive(Hold(epoch=E1, record=record(text="yes")), BOSS, 0)
+    (news,) = sent(one.receive(Hold(epoch=E1, record=record()), BOSS, 0))
+    assert isinstance(news, Inventory) and news.records[0].outcome is not None and not news.is_last
+
+
+def test_an_outcome_that_came_first_is_kept_and_told_and_not_said_to_be_the_other() -> None:
+    one = holder()
+    one.receive(Hold(epoch=E1, record=record(text="first", term=1)), BOSS, 0)
+    (news,) = sent(one.receive(Hold(epoch=E2, record=record(text="second", term=2)), BOSS, 0))
+    assert isinstance(news, Inventory)
+    assert [kept.outcome.text for kept in news.records if kept.outcome] == ["first"]
+
+
+def test_commands_of_an_epoch_that_is_over_are_refused_and_change_nothing() -> None:
+    store = RecordStore(now=0)
+    one = holder(store, seen=E2)
+    for command in (Hold(epoch=E1, record=record()), Recall(epoch=E1)):
+        assert one.receive(command, NodeId("old"), 0) == [Send(NodeId("old"), StaleCommand(seen=E2))]
+    assert store.n_records == 0
+
+
+def test_a_newer_epoch_is_durable_before_it_is_obeyed() -> None:
+    effects = holder().receive(Recall(epoch=E2), BOSS, 0)
+    assert isinstance(effects[0], Save) and effects[0].key == "fence"
+
+
+def test_a_full_store_says_nothing_so_that_another_holder_is_asked() -> None:
+    store = RecordStore(now=0, config=StoreConfig(open_max=1))
+    one = holder(store)
+    one.receive(Hold(epoch=E1, record=record("a")), BOSS, 0)
+    assert one.receive(Hold(epoch=E1, record=record("b")), BOSS, 0) == []
+
+
+def test_an_inventory_is_whole_numbered_and_in_parts_that_fit_a_message() -> None:
+    store = RecordStore(now=0)
+    for i in range(60):
+        store.put(record(f"t{i}", prompt="x" * 10_000), 0)
+    store.running[TaskId("r")] = AttemptId(task=TaskId("r"), attempt=1, epoch=E1)
+    ended = record("e", text="yes").outcome
+    assert ended is not None
+    store.end(AttemptEnded(task=TaskId("e"), attempt=1, epoch=E1, outcome=ended))
+    parts = sent(holder(store).receive(Recall(epoch=E1, round=7), BOSS, 0))
+    assert [part.part for part in parts] == list(range(len(parts))) and len(parts) > 4  # type: ignore[attr-defined]
+    assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]  # type: ignore[attr-defined]
+    assert all(part.round == 7 and len(part.records) <= 10 for part in parts)  # type: ignore[attr-defined]
+    assert {kept.task for part in parts for kept in part.records} == {f"t{i}" for i in range(60)}  # type: ignore[attr-defined]
+    assert sum(len(part.running) for part in parts) == sum(len(part.ended) for part in parts) == 1  # type: ignore[attr-defined]
+
+
+def test_an_empty_disk_says_so() -> None:
+    (part,) = sent(holder().receive(Recall(epoch=E1), BOSS, 0))
+    assert isinstance(part, Inventory) and part.is_last and not part.records
+
+
+def test_an_inventory_tells_what_is_left_of_the_time_now() -> None:
+    one = holder()
+    one.receive(Hold(epoch=E1, record=record()), BOSS, 100)
+    (part,) = sent(one.receive(Recall(epoch=E1), BOSS, 104))
+    assert isinstance(part, Inventory)
+    assert (part.records[0].budget_s, part.records[0].age_s) == (5.0, 4.0)
+
+
+def test_settled_records_go_after_their_time() -> None:
+    one = holder()
+    one.receive(Hold(epoch=E1, record=record(text="yes")), BOSS, 0)
+    assert one.wake_at == 600.0
+    assert one.tick(600.0) == [Save("task/t", None)]
+
+
+def test_what_is_not_for_a_holder_is_ignored() -> None:
+    assert holder().receive(replace(record()), BOSS, 0) == []
