@@ -173,9 +173,13 @@ class Chaos:
         world = self._world
         brokers = [broker for broker in world.network.brokers.values() if broker.is_up]
         if brokers and not (world.faults.one_at_a_time and not world.is_all_well()):
+            broker = self._rng.choice(brokers)
+            if broker.host is not None:
+                world.crash_broker(broker)
+                return
             keeps = self._rng.random() >= world.faults.broker_forgets_p
             world.network.restart_broker(
-                self._rng.choice(brokers), keeps_retained=keeps, down_s=_log_uniform(self._rng, 0.05, 5.0)
+                broker, keeps_retained=keeps, down_s=_log_uniform(self._rng, 0.05, 5.0)
             )
 
     def _kill(self) -> None:

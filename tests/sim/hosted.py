@@ -75,6 +75,11 @@ class HostingShell(EngineShell):
         if (broker := self._hosted.get(life.boot)) is not None:
             life.world.network.stall_broker(broker, length_s)
 
+    def crash(self, broker: Broker, life: Life | None) -> None:
+        if life is not None and self._hosted.get(life.boot) is broker:
+            self._stop(life)
+            life.learn(BrokerFailed("it ended"))
+
     # ── brokers ─────────────────────────────────────────────────────────────────────────────────────
 
     def _host(self, life: Life, epoch: int) -> None:

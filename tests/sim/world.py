@@ -417,6 +417,12 @@ class World:
         else:
             self.network.connect(life)
 
+    def crash_broker(self, broker: Broker) -> None:
+        """A broker that a node hosts ends by itself; the node lives on."""
+        crash = getattr(self.shell, "crash", None)
+        if crash is not None:
+            crash(broker, self.hosts[broker.place].life)
+
     def drain(self, node: NodeId, *, on: bool) -> None:
         life = self.hosts[node].life
         if life is not None:
