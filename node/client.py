@@ -274,11 +274,16 @@ async def connected(
     contexts: dict[str, ssl.SSLContext] = {}
 
     def tls(broker: BrokerRef) -> ssl.SSLContext:
-        if broker.host is None:  # the site's own: trusted like a web site (SSL_CERT_FILE names its authority)
-            return ssl.create_default_context()
         if not contexts:
-            identity = state.client_identity(known_key(settings, state), CLIENT_NAME)
-            contexts["mesh"] = identity.client_context()
+            try:
+                identity = state.client_identity(known_key(settings, state), CLIENT_NAME)
+                contexts["mesh"] = (
+                    identity.client_context()
+                )  # the site's own has a certificate of the mesh too
+            except ConfigError:
+                if broker.host is not None:
+                    raise
+                contexts["mesh"] = ssl.create_default_context()  # no key: trusted like a web site
         return contexts["mesh"]
 
     bus = MqttBus(

@@ -84,11 +84,11 @@ def render(view: View, width: int, height: int, *, with_help: bool = False) -> R
     rows = _Rows.share(view, height - len(top))
     parts: list[RenderableType] = [*top, node_table(_first_nodes(view.nodes, rows.nodes), width)]
     if len(view.nodes) > rows.nodes:
-        parts.append(Text(f"  … and {len(view.nodes) - rows.nodes} more nodes", style="dim"))
+        parts.append(_line(f"  … and {len(view.nodes) - rows.nodes} more nodes", "dim"))
     if rows.tasks:
         parts.append(task_table(_first_tasks(view.tasks, rows.tasks), width))
-    elif rows.is_roomy:
-        parts += [Rule(style="dim"), Text("  no tasks yet: try  edgemesh run 'What is a mesh?'", style="dim")]
+    elif rows.is_roomy and not view.tasks:
+        parts += [Rule(style="dim"), _line("  no tasks yet: try  edgemesh run 'What is a mesh?'", "dim")]
     if rows.events:
         parts.append(Rule(style="dim"))
         parts += event_lines(view.events[-rows.events :])
@@ -172,7 +172,7 @@ class _Tail(Generic[Row]):
 
 def _table(columns: Sequence[_Column[Row]], tail: _Tail[Row], rows: Sequence[Row], width: int) -> Table:
     """A table of exactly ``width`` columns of terminal. The first column is the name and may be cut."""
-    cells = {column.title: [Text.assemble(column.cell(row)) for row in rows] for column in columns}
+    cells = {column.title: [_printable(column.cell(row)) for row in rows] for column in columns}
     natural = {
         column.title: max(
             [cell_len(column.title), column.width_min, *(c.cell_len for c in cells[column.title])]
@@ -209,7 +209,9 @@ def _table(columns: Sequence[_Column[Row]], tail: _Tail[Row], rows: Sequence[Row
         )
     table.add_column(tail.title, width=tail_width, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(rows):
-        table.add_row(*(cells[column.title][number] for column in shown), tail.cell(row, tail_width))
+        table.add_row(
+            *(cells[column.title][number] for column in shown), _printable(tail.cell(row, tail_width))
+        )
     return table
 
 
@@ -340,9 +342,22 @@ def event_lines(events: Sequence[EventRow]) -> list[Text]:
     for event in events:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{_age(event.age_s):>9}  ", style="dim")
-        line.append(" ".join(event.text.split()))
+        line.append(_printable(" ".join(event.text.split())))
         lines.append(line)
     return lines
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _printable(text: Text | str) -> Text:
+    """Without control characters: what a peer or a model says must not steer the terminal."""
+    if isinstance(text, str):
+        text = Text(text)
+    if not text.plain.isprintable():
+        text.plain = "".join(letter if letter.isprintable() else " " for letter in text.plain)
+    return text
 
 
 def _age(age_s: float) -> str:

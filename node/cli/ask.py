@@ -218,6 +218,8 @@ def _without_a_word(request: Submit) -> TaskError:
 
 def _put(text: str) -> None:
     if text:
+        if sys.stdout.isatty():  # what a model says must not steer the terminal; a file gets every byte
+            text = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
         sys.stdout.write(text)
         sys.stdout.flush()
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from node import __version__
-from node.cli.options import as_json, settings_flags
+from node.cli.options import as_json, choose, end_with, settings_flags
 from node.settings import TABLE, Setting, broker_text, read_settings
 
 __all__ = ["COMMANDS"]
@@ -93,4 +93,18 @@ def version(is_json: bool) -> None:
         click.echo(f"edgemesh {__version__}")
 
 
-COMMANDS = (config, completion, version)
+@click.command()
+@click.option("--keep", is_flag=True, help="Keep the demo mesh's state for another look.")
+@settings_flags("model", "state_dir")
+def demo(keep: bool, **flags: Any) -> None:
+    """Three real nodes on this device: they find each other, answer, and lose one."""
+    from node.demo import run_demo
+    from node.models import DEFAULT_MODEL, resolve
+
+    settings = choose(flags).settings
+    model = settings.model or DEFAULT_MODEL
+    resolve(model)
+    end_with(run_demo(settings.state_dir, model, keep=keep))
+
+
+COMMANDS = (config, completion, demo, version)

@@ -84,13 +84,6 @@ def _tls_arguments(broker: KnownBroker, identity: Identity, *, is_here: bool) ->
     return ["-h", address, "-p", str(broker.ref.port), *files, *([] if is_here else ["--insecure"])]
 
 
-def _site_arguments(broker: KnownBroker) -> list[str]:
-    ref = broker.ref
-    user = ["-u", ref.username] if ref.username else []
-    tls = ["--tls-use-os-certs"] if ref.tls else []
-    return ["-h", ref.addresses[0], "-p", str(ref.port), *user, *tls]
-
-
 @click.command()
 @click.option("--name", default="shell", show_default=True, help="Name in the certificate.")
 @as_json
@@ -108,27 +101,21 @@ def mqtt(name: str, is_json: bool, **flags: Any) -> None:
     broker = asyncio.run(find_broker(chosen.settings, chosen.state))
     record: dict[str, Any] = {"mesh": mesh, "host": broker.ref.addresses[0], "port": broker.ref.port}
     ways: list[tuple[str, str, ShellLines]] = []
-    if broker.ref.host is None:
-        note = (
-            'the site\'s own broker; add -P "$PASSWORD" if it wants one'
-            if broker.ref.username
-            else "the site's own broker"
-        )
-        ways.append(("site", note, shell_lines(mesh, _site_arguments(broker))))
-    else:
-        is_here = broker.ref.host in chosen.state.nodes_here(mesh)
+    user = ["-u", broker.ref.username] if broker.ref.username else []  # the password is for the reader to add
+    is_here = broker.ref.host in chosen.state.nodes_here(mesh)
+    if broker.ref.tls:
         identity = chosen.state.client_identity(known_key(chosen.settings, chosen.state), name)
-        record |= {
-            "cafile": str(identity.ca_path),
-            "cert": str(identity.cert_path),
-            "key": str(identity.key_path),
-        }
+        record |= _files(identity)
         note = f"TLS, as client '{name}' (copy its files to use them elsewhere)"
-        ways.append(("tls", note, shell_lines(mesh, _tls_arguments(broker, identity, is_here=is_here))))
-        if is_here and broker.plain_port is not None:
-            record["plain_port"] = broker.plain_port
-            lines = shell_lines(mesh, ["-h", "127.0.0.1", "-p", str(broker.plain_port)])
-            ways.append(("plain", "unencrypted, on this machine only", lines))
+        arguments = [*_tls_arguments(broker, identity, is_here=is_here), *user]
+        ways.append(("tls", note, shell_lines(mesh, arguments)))
+    else:
+        arguments = ["-h", broker.ref.addresses[0], "-p", str(broker.ref.port), *user]
+        ways.append(("site", "the site's own broker, unencrypted", shell_lines(mesh, arguments)))
+    if is_here and broker.plain_port is not None:
+        record["plain_port"] = broker.plain_port
+        lines = shell_lines(mesh, ["-h", "127.0.0.1", "-p", str(broker.plain_port)])
+        ways.append(("plain", "unencrypted, on this machine only", lines))
     if is_json:
         record |= {way: {"subscribe": lines.subscribe, "publish": lines.publish} for way, _, lines in ways}
         click.echo(json.dumps(record))

@@ -29,7 +29,7 @@ Exit codes:
 SECTIONS = (
     ("A node on this device", ("join", "drain", "leave")),
     ("Ask the mesh", ("run", "submit", "tasks", "cancel")),
-    ("Look at it", ("status", "nodes", "models", "doctor")),
+    ("Look at it", ("status", "nodes", "models")),
     ("Invite others", ("token", "mqtt")),
     ("This program", ("config", "completion", "demo", "version")),
 )
