@@ -15,7 +15,7 @@ from coordinator.admission import AdmissionConfig
 from coordinator.scheduler import SchedulerConfig
 from coordinator.task import TERMINAL_STATES
 from mesh.facts import Deposed
-from mesh.ids import Epoch, NodeId, TaskId
+from mesh.ids import Epoch, TaskId
 from mesh.messages import CancelTask, TaskRecord, TaskResult, TaskStatus
 from tests.unit.task_world import World, answer_of, ask
 
@@ -133,7 +133,7 @@ def test_every_acknowledged_task_ends_once_while_nodes_die_and_come_back(
     check(world, ids, submitted_at, late_max_s=3 * 0.2)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), n_nodes=st.integers(2, 5))
 def test_handing_over_the_coordination_at_any_moment_loses_and_doubles_nothing(
     seed: int, n_nodes: int
@@ -222,6 +222,3 @@ def test_the_same_worlds_without_the_planted_bug_stay_green() -> None:
         world.run(30)
         starts = [(node, assign.task, assign.attempt) for _, node, assign in world.started]
         assert len(starts) == len(set(starts))
-
-
-__all__ = ["NodeId"]

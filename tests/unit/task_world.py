@@ -148,16 +148,8 @@ class World:
         for name in nodes:
             self.learn(name, EngineReady(MODEL, 2048, self.slots))
             for other in self.up:
-                for seer, seen_node in ((other, self.hosts[NodeId(name)]), (self.hosts[NodeId(name)], other)):
-                    self._feed(
-                        seer,
-                        lambda h, n=seen_node: h.stack.receive(
-                            info(n.node, slots=self.slots), n.node, self.now
-                        ),
-                    )
-                    self._feed(seer, lambda h, n=seen_node: h.stack.receive(report(n.node), n.node, self.now))
-                    if seer is not seen_node:
-                        self.learn(seer.node, MemberChanged(seen_node.node, "alive", seen_node.incarnation))
+                self._introduce(self.hosts[NodeId(name)], other)
+                self._introduce(other, self.hosts[NodeId(name)])
             if self.coordinator is not None and self.coordinator != name:
                 self.learn(name, Followed(Epoch(self.term, self.coordinator)))
         return self
@@ -240,6 +232,12 @@ class World:
         return [reply.body for reply in self.heard(TaskReply) if reply.reply_to == topic]
 
     # ── how it works ────────────────────────────────────────────────────────────────────────────────
+
+    def _introduce(self, newcomer: Host, seer: Host) -> None:
+        for message in (info(newcomer.node, slots=self.slots), report(newcomer.node)):
+            self._feed(seer, lambda h, m=message: h.stack.receive(m, newcomer.node, self.now))
+        if seer is not newcomer:
+            self.learn(seer.node, MemberChanged(newcomer.node, "alive", newcomer.incarnation))
 
     def _at(self, at: float, event: Callable[[], None]) -> None:
         self._n += 1

@@ -10,7 +10,17 @@ from coordinator.task import digest_of
 from mesh.core import Effect, Save, Send
 from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
-from mesh.messages import AttemptEnded, AttemptId, Held, Hold, Inventory, Outcome, Recall, StaleCommand, TaskRecord
+from mesh.messages import (
+    AttemptEnded,
+    AttemptId,
+    Held,
+    Hold,
+    Inventory,
+    Outcome,
+    Recall,
+    StaleCommand,
+    TaskRecord,
+)
 from tests.unit.task_world import ask
 
 BOSS = NodeId("boss")

@@ -41,7 +41,12 @@ def outcome(*, term: int = 1, state: str = "done", text: str = "yes") -> Outcome
 def record(name: str, ended: Outcome | None = None, budget_s: float | None = None) -> TaskRecord:
     submit = ask("hello")
     return TaskRecord(
-        task=TaskId(name), submit=submit, digest=digest_of(submit), budget_s=budget_s, outcome=ended, epoch=EPOCH
+        task=TaskId(name),
+        submit=submit,
+        digest=digest_of(submit),
+        budget_s=budget_s,
+        outcome=ended,
+        epoch=EPOCH,
     )
 
 
@@ -106,7 +111,9 @@ def test_a_requeued_task_keeps_its_place() -> None:
 
 def test_an_open_record_never_replaces_a_settled_one() -> None:
     store = RecordStore(now=0)
-    assert [effect.key for effect in store.put(record("t", outcome()), 0) if isinstance(effect, Save)] == ["task/t"]
+    assert [effect.key for effect in store.put(record("t", outcome()), 0) if isinstance(effect, Save)] == [
+        "task/t"
+    ]
     assert store.put(record("t"), 1) == []
     kept = store.get(TaskId("t"), 1)
     assert kept is not None and kept.outcome == outcome()
@@ -114,7 +121,12 @@ def test_an_open_record_never_replaces_a_settled_one() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_records_in_any_order_lead_every_store_to_the_same_outcome(seed: int) -> None:
-    outcomes = [outcome(term=term, state=state, text=text) for term in (1, 2) for state in ("done", "expired") for text in "ab"]
+    outcomes = [
+        outcome(term=term, state=state, text=text)
+        for term in (1, 2)
+        for state in ("done", "expired")
+        for text in "ab"
+    ]
     given = [record("t"), *(record("t", one) for one in outcomes)] * 2
     Random(seed).shuffle(given)
     store = RecordStore(now=0)
@@ -135,7 +147,9 @@ def test_remaining_time_runs_on_while_a_record_is_held_and_from_a_restart() -> N
 
 def test_a_journal_brings_everything_back() -> None:
     ended = AttemptEnded(task=TaskId("u"), attempt=2, epoch=EPOCH, outcome=outcome())
-    store = RecordStore(now=0, journal={"task/t": record("t"), "attempt/u/2": ended, "fence": "something else"})
+    store = RecordStore(
+        now=0, journal={"task/t": record("t"), "attempt/u/2": ended, "fence": "something else"}
+    )
     assert [one.task for one in store.records(0)] == ["t"]
     assert store.ended == {(TaskId("u"), 2): ended}
 
@@ -160,7 +174,11 @@ def test_everything_in_a_store_is_bounded() -> None:
             assert isinstance(effect, Save)
             keys = keys - {effect.key} if effect.record is None else keys | {effect.key}
     assert store.n_records == 6 and len(store.ended) == 3 and not store.has_room
-    assert keys == {*(f"task/o{i}" for i in range(3)), *(f"task/s{i}" for i in (17, 18, 19)), *(f"attempt/e{i}/1" for i in (17, 18, 19))}
+    assert keys == {
+        *(f"task/o{i}" for i in range(3)),
+        *(f"task/s{i}" for i in (17, 18, 19)),
+        *(f"attempt/e{i}/1" for i in (17, 18, 19)),
+    }
     assert sum(store.tombstone(TaskId(f"s{i}")) is not None for i in range(20)) == 5
 
 

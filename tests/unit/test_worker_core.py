@@ -37,7 +37,9 @@ BOSS, HEIR = NodeId("boss"), NodeId("heir")
 E1, E2 = Epoch(1, BOSS), Epoch(2, HEIR)
 
 
-def worker(*, slots: int = 2, ready: bool = True, store: RecordStore | None = None, over_max: int = 1024) -> Worker:
+def worker(
+    *, slots: int = 2, ready: bool = True, store: RecordStore | None = None, over_max: int = 1024
+) -> Worker:
     one = Worker(
         me=NodeId("me"),
         fence=Fence(),
@@ -120,7 +122,9 @@ def test_an_outcome_is_repeated_ever_more_rarely_until_it_is_taken() -> None:
         times.append(now)
         assert len(sent(one.tick(now), AttemptEnded)) == 1
     assert times == [1, 3, 7, 15, 23]
-    assert one.receive(OutcomeTaken(epoch=E1, task=TaskId("t"), attempt=1), BOSS, 30) == [Save("attempt/t/1", None)]
+    assert one.receive(OutcomeTaken(epoch=E1, task=TaskId("t"), attempt=1), BOSS, 30) == [
+        Save("attempt/t/1", None)
+    ]
     assert one.wake_at == float("inf") and one.is_idle
 
 
@@ -187,7 +191,11 @@ def test_a_cancelled_attempt_is_stopped_once_and_says_why() -> None:
     assert facts(one.receive(cancel, BOSS, 0), StopAttempt) == [StopAttempt(TaskId("t"), 1, cancel.reason)]
     assert facts(one.receive(cancel, BOSS, 0), StopAttempt) == []
     (ended,) = sent(finish(one, order(), state="cancelled", text="half an ans"), AttemptEnded)
-    assert (ended.outcome.state, ended.outcome.reason, ended.outcome.text) == ("cancelled", cancel.reason, "half an ans")
+    assert (ended.outcome.state, ended.outcome.reason, ended.outcome.text) == (
+        "cancelled",
+        cancel.reason,
+        "half an ans",
+    )
 
 
 def test_an_attempt_past_its_deadline_is_stopped_without_any_coordinator() -> None:
@@ -205,7 +213,10 @@ def test_a_lost_engine_fails_its_attempts_so_that_they_run_elsewhere() -> None:
     one.receive(order("a"), BOSS, 0)
     one.receive(order("b"), BOSS, 0)
     ended = sent(one.learn(EngineLost("killed by signal 9"), 1), AttemptEnded)
-    assert [(e.task, e.outcome.state, e.outcome.retry) for e in ended] == [("a", "failed", True), ("b", "failed", True)]
+    assert [(e.task, e.outcome.state, e.outcome.retry) for e in ended] == [
+        ("a", "failed", True),
+        ("b", "failed", True),
+    ]
     assert "signal 9" in sent(one.receive(order("c"), BOSS, 2), Refused)[0].reason
     assert finish(one, order("a")) == [], "the lost attempt's own end comes too late"
 
@@ -241,9 +252,14 @@ def test_running_attempts_are_reported_every_second_and_silence_follows_the_last
 def test_tokens_are_numbered_and_late_ones_of_an_ended_attempt_are_dropped() -> None:
     one = worker()
     one.receive(order(), BOSS, 0)
-    effects = one.learn(AttemptText(TaskId("t"), 1, "a", 1), 0) + one.learn(AttemptText(TaskId("t"), 1, "b", 2), 0)
+    effects = one.learn(AttemptText(TaskId("t"), 1, "a", 1), 0) + one.learn(
+        AttemptText(TaskId("t"), 1, "b", 2), 0
+    )
     said = [effect.message for effect in effects if isinstance(effect, Broadcast)]
-    assert [(piece.seq, piece.text) for piece in said if isinstance(piece, TaskTokens)] == [(0, "a"), (1, "b")]
+    assert [(piece.seq, piece.text) for piece in said if isinstance(piece, TaskTokens)] == [
+        (0, "a"),
+        (1, "b"),
+    ]
     assert one.learn(AttemptText(TaskId("t"), 2, "x", 1), 0) == []
     finish(one, order())
     assert one.learn(AttemptText(TaskId("t"), 1, "c", 1), 1) == []
