@@ -277,9 +277,8 @@ async def connected(
         if not contexts:
             try:
                 identity = state.client_identity(known_key(settings, state), CLIENT_NAME)
-                contexts["mesh"] = (
-                    identity.client_context()
-                )  # the site's own has a certificate of the mesh too
+                # The site's own broker has a certificate of the mesh as well, see deploy/mosquitto.
+                contexts["mesh"] = identity.client_context()
             except ConfigError:
                 if broker.host is not None:
                     raise

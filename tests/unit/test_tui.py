@@ -38,7 +38,8 @@ def picture(n_tasks: int = 4) -> View:
         if k < 3:
             report = m.NodeReport(
                 node=node, incarnation=1, ready=k != 2, running=1,
-                activity="idle" if k != 2 else "loading SmolLM2 (43 %)", cpu_percent=12.0, memory_free_bytes=2 << 30, rss_bytes=1 << 20, tokens_per_s=10.5,
+                activity="idle" if k != 2 else "loading SmolLM2 (43 %)", cpu_percent=12.0,
+                memory_free_bytes=2 << 30, rss_bytes=1 << 20, tokens_per_s=10.5,
                 temperature_c=61.0,
             )  # fmt: skip
             made.apply(report, node, 0.0)
@@ -78,7 +79,8 @@ def test_a_person_sees_who_is_in_who_coordinates_and_what_runs(width: int, heigh
     text = "\n".join(drawn(picture(), width, height))
     for word in (
         "home", "★ jetson-orin-00a1b2", "epoch 4", "mqtts://192.168.1.20:8883 up", "3 nodes", "2 open tasks",
-        "pi-4-3f9a2c", "offline", "loading SmolLM2", "running", "queued", "rejected", "no node serves", "17.7 s",
+        "pi-4-3f9a2c", "offline", "loading SmolLM2", "running", "queued", "rejected", "no node serves",
+        "17.7 s",
     ):  # fmt: skip
         assert word in text, f"{word!r} is not on the screen:\n{text}"
 
