@@ -111,7 +111,7 @@ class KeyValues:
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class LlamaBackbone:
             like,
         )
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         parts = [(s.states, len(s.ids)) for s in segments]
         for states, n in parts:
@@ -278,7 +278,7 @@ class GenericBackbone:
     def states(self, capacity: int) -> _GenericStates:
         return _GenericStates()
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         rows = []
         for segment in segments:

@@ -41,7 +41,6 @@ from node.echo import EchoEngine
 from node.engine import Engine, Event
 from node.models import CATALOGUE, Progress, Source, prepare, resolve
 from node.profile import memory_free_bytes, physical_cores
-from node.threads import wait_gently
 
 __all__ = ["TextBatches", "main"]
 
@@ -114,7 +113,6 @@ def main() -> int:
         out.write(frame(message))
 
     _stand_back()
-    wait_gently()
     # Not bounded here: the node sends at most what its slots and the operator's stops amount to.
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_listen, args=(inbox,), name="compute.listen", daemon=True).start()

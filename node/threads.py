@@ -4,29 +4,19 @@ The threads of one matrix product wait for the slowest. When another process tak
 others wait for it at every product: on two cores, one busy neighbour makes two threads several times
 slower than one. The right number therefore depends on who else computes now, and is found by trying.
 
-Worse, GCC's OpenMP lets a waiting thread spin for a long time, on the very core the late one needs.
-``wait_gently`` shortens that; on two cores with three other busy processes, decoding went from 1 to 5
-tokens/s to 15 to 22.
+(Making waiting threads sleep instead of spin helps beside a neighbour, but costs two threads on idle cores
+nearly half their speed: measured 33 ms a step spinning, 60 ms sleeping, 45 ms with one thread.)
 """
 
 from __future__ import annotations
 
-import os
-
-__all__ = ["ThreadChoice", "wait_gently"]
-
-_SPINS = "1000"  # a few microseconds: as long as a wake-up costs, the classic bound for spinning
+__all__ = ["ThreadChoice"]
 
 _TRIAL_STEPS = 4  # about 0.2 s of decoding for a small model: long enough to out-vote one interruption
-_CALM_STEPS_MIN = 8  # a node that starts beside a busy neighbour should notice within a second
+_CALM_STEPS_MIN = 4  # a node that starts beside a busy neighbour should notice within a second
 _CALM_STEPS_MAX = 1024  # a needless trial every 1024 steps costs 4 slower ones: under 1 %
+_HOPELESS = 2.0  # one step this much slower than what we have ends a trial: it may have cost a second
 _SLOWER = 1.5  # a window this much slower than the best one seen is reason to try at once
-
-
-def wait_gently() -> None:
-    """Let threads sleep soon when they wait. Only before torch is imported; an operator's setting stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 class ThreadChoice:
@@ -57,6 +47,10 @@ class ThreadChoice:
     def saw(self, step_s: float) -> None:
         """``step_s``: how long one step of comparable work took, in seconds."""
         if len(self._candidates) == 1:
+            return
+        if self._trying is not None and step_s > _HOPELESS * self._current_s:
+            self._window.clear()
+            self._judge(step_s)
             return
         self._window.append(step_s)
         self._since_trial += 1

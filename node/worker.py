@@ -103,7 +103,7 @@ class ComputeWorker:
         self._running: dict[tuple[TaskId, int], Assign] = {}
         self._spoken: deque[tuple[float, int]] = deque()  # (when, tokens) of the last _RATE_WINDOW_S
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
-        self._is_stopped = False
+        self._stopping = asyncio.Event()
         self._over = asyncio.Event()
         self._over.set()
         self.activity = "starting the compute process"
@@ -149,14 +149,14 @@ class ComputeWorker:
     async def run(self) -> None:
         """Keep a child alive until cancelled, or until ``stop``."""
         quick_ends = 0
-        while not self._is_stopped:
+        while not self._stopping.is_set():
             self._over.clear()
             try:
                 end = await self._live()
             finally:
                 self._lose_all("the node is stopping")
                 self._over.set()
-            if self._is_stopped:
+            if self._stopping.is_set():
                 return
             quick_ends = 0 if end.was_steady else quick_ends + 1
             if end.is_permanent:
@@ -172,7 +172,7 @@ class ComputeWorker:
 
     async def stop(self) -> None:
         """End the child; what it ran is handed back before this returns."""
-        self._is_stopped = True
+        self._stopping.set()
         self.activity = "stopping"
         self._lose_all("the node is stopping")
         process = self._process
@@ -208,7 +208,7 @@ class ComputeWorker:
         try:
             self._say(self._load)
             assert process.stdin is not None and process.stdout is not None
-            if self._is_stopped:  # while the process was being made
+            if self._stopping.is_set():  # while the process was being made
                 process.stdin.close()
             while (message := await _next(process.stdout)) is not None:
                 if isinstance(message, Ready):
@@ -222,7 +222,7 @@ class ComputeWorker:
             code = await _end(process)
             listening.cancel()
             self._process = None
-        if self._is_stopped:
+        if self._stopping.is_set():
             reason = "the node is stopping"
         reason = failed.reason if failed else reason or _obituary(code, self._last_words)
         self._lose_all(reason)

@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from node.threads import wait_gently
+from tests.places import models_dir
 
-wait_gently()  # before any test imports torch: the machine may be busy, with other tests for one
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def models_dir() -> Path:
-    """Where tests and benchmarks keep converted models: the demo's own place unless told otherwise."""
-    return Path(os.environ.get("EDGEMESH_TEST_STATE", ROOT / ".demo" / "state")) / "models"
+# Before any test imports torch: beside busy neighbours (other tests, for one) its waiting threads would
+# spin on the cores the working ones need. The compute process adapts instead, see ``node.threads``.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @pytest.fixture(scope="session")

@@ -13,23 +13,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from node.threads import wait_gently
+import torch
+from transformers import AutoModelForCausalLM
 
-wait_gently()  # before torch, as in the compute process; plain transformers gains from it too
-
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from mesh.ids import TaskId  # noqa: E402
-from mesh.messages import Submit  # noqa: E402
-from node.backbone import load_backbone  # noqa: E402
-from node.compute_messages import Ended, Generate  # noqa: E402
-from node.convert import convert  # noqa: E402
-from node.model_engine import ModelEngine, Tokens  # noqa: E402
-from node.models import DEFAULT_MODEL, prepare, resolve  # noqa: E402
-from node.profile import physical_cores  # noqa: E402
-from tests.benchmarks.report import Metric, Options, main, spread  # noqa: E402
-from tests.conftest import models_dir  # noqa: E402
+from mesh.ids import TaskId
+from mesh.messages import Submit
+from node.backbone import load_backbone
+from node.compute_messages import Ended, Generate
+from node.convert import convert
+from node.model_engine import ModelEngine, Tokens
+from node.models import DEFAULT_MODEL, prepare, resolve
+from node.profile import physical_cores
+from tests.benchmarks.report import Metric, Options, main, spread
+from tests.places import models_dir
 
 PROMPT = "Explain in detail how tides work, and why there are two of them each day."
 

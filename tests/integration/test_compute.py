@@ -26,6 +26,7 @@ from coordinator.facts import (
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, Submit
+from node import compute as compute_module
 from node import worker as worker_module
 from node.compute import TextBatches
 from node.compute_messages import (
@@ -243,6 +244,20 @@ def test_ctrl_c_in_the_terminal_does_not_kill_the_child_before_the_node_says_so(
     assert isinstance(read_frame(child.stdout), Text)  # type: ignore[arg-type]
     child.stdin.close()
     assert child.wait(LONG_S) == 0
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_module, "memory_free_bytes", lambda: 600 * 2**20)
+    with pytest.raises(compute_module._NoMemoryError, match=r"needs 1\.1 GiB, 600 MiB free.*smaller model"):
+        compute_module._check_memory("loading Big", int(1.1 * 2**30))
+    compute_module._check_memory("loading Small", 500 * 2**20)
+
+
+def test_memory_is_counted_in_the_precision_computed_with_and_not_the_file_s(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert compute_module._loaded_bytes(tmp_path, 1000, "fp32") == 2000 + compute_module.RUNTIME_BYTES
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float32"}')
+    assert compute_module._loaded_bytes(tmp_path, 1000, "bf16") == 500 + compute_module.RUNTIME_BYTES
 
 
 def test_a_frame_longer_than_any_message_is_refused_before_it_is_read() -> None:
