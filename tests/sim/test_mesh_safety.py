@@ -20,6 +20,7 @@ from tests.sim import checkers, mutants
 from tests.sim.faults import CALM
 from tests.sim.history import History
 from tests.sim.meshes import Mesh, mesh_world
+from tests.sim.sizes import collection_sizes
 from tests.sim.world import seeds
 
 STORM_S = 25.0
@@ -114,6 +115,24 @@ def test_control_without_faults_every_task_has_one_result_and_clients_wait_for_n
     assert not violations(mesh)
     assert not checkers.one_result_per_task(mesh.world.history)
     assert len(checkers.acknowledged(mesh.world.history)) == sum(len(c.tasks) for c in mesh.clients)
+
+
+# Membership, roles and configuration hold a few entries per node; nothing else may be left of the tasks.
+REST_MAX = 64
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_about_a_task_is_left_after_its_time(seed: int) -> None:
+    """Retained topics go after two minutes, records after ten; ids of ended tasks stay, bounded."""
+    mesh = storm(seed, n_nodes=1 + seed, n_tasks=40)
+    assert not violations(mesh)
+    mesh.world.run(200)
+    site = mesh.world.network.brokers["site"]
+    assert not [key for key in site.retained if key[0] in ("STATUS", "RESULT")]
+    mesh.world.run(900)
+    assert not [key for disk in mesh.disks.values() for key in disk if key.startswith(("task/", "attempt/"))]
+    for node, core in mesh.world.cores().items():
+        assert not {path: n for path, n in collection_sizes(core, node).items() if n > REST_MAX}
 
 
 def planted(
