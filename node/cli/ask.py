@@ -115,7 +115,7 @@ def run(no_stream: bool, is_json: bool, **options: Any) -> None:
 def submit(wait: bool, is_json: bool, **options: Any) -> None:
     """Submit PROMPT; print the task's id once the mesh has it safe."""
     chosen, options = _split(options)
-    request = _request(options, stream=False)
+    request = _request(options, stream=True)  # whoever watches the mesh sees it grow
     end_with(asyncio.run(_submit(chosen, request, wait=wait, is_json=is_json)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,9 @@ class _Mesh(click.Group):
     """A group that speaks our errors and lists its commands by what people want to do."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        # Commands say themselves what matters; `join` sets up its own log. Lines of the libraries below
+        # would fall into the middle of an answer.
+        logging.basicConfig(level=logging.ERROR, format="edgemesh: %(message)s")
         try:
             return super().invoke(ctx)
         except EdgemeshError as error:
