@@ -37,6 +37,7 @@ from mesh.core import Message
 from mesh.errors import DecodeError
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.ids import Boot, MeshName, NodeId
+from mesh.knock import knock
 from mesh.messages import NodeState
 from mesh.packets import Packet, outgoing, read
 from mesh.units import MIB
@@ -52,7 +53,6 @@ _paho_log.setLevel(logging.ERROR)
 KEEPALIVE_S = 3
 """A silent broker is given up after at most twice this; a silent node's will is sent after 1.5 times it."""
 
-_PROBE_S = 1.0  # a TCP connection on a LAN takes milliseconds; a black hole takes this
 _CONNECT_S = 2.0  # TCP and TLS handshake in aiomqtt's worker thread, and then CONNACK
 _ANSWER_S = 5.0  # SUBACK and PUBACK: about as long as keepalive takes to find a dead link
 _RETRY_S_MAX = 1.0  # a broker that comes back is found within a second; 1000 nodes make 2000 attempts/s
@@ -243,12 +243,13 @@ class MqttBus:
             except _LinkFault as fault:
                 if self.traffic.links > links_before:
                     failures, host_reported_dead = 0, False
+                if fault.retry_at_once:
+                    log.info("mqtt: %s; falling back to MQTT 3.1.1", fault)
+                    continue
                 self._say_trouble(str(fault))
                 if fault.refused and broker.host is not None and not host_reported_dead:
                     host_reported_dead = True
                     self._inbox.put(LinkDown(host_is_dead=True), always=True)
-                if fault.retry_at_once:
-                    continue
             failures += 1
             # Full jitter (Brooker, "Exponential Backoff And Jitter", AWS 2015): all nodes lose it at once.
             delay_s_max = min(_RETRY_S_MAX, _RETRY_S_FIRST * 2 ** min(failures, 10))
@@ -263,7 +264,7 @@ class MqttBus:
         address = await self._probe(broker)
         intake = _LinkIntake(self._inbox, self.traffic)
         client = self._client(broker, address, intake)
-        await self._connect(client, broker)
+        await self._connect(client, broker, address)
         client.timeout = _ANSWER_S
         try:
             await self._subscribe(client)
@@ -339,40 +340,23 @@ class MqttBus:
                 self._quiet.set()
 
     async def _probe(self, broker: BrokerRef) -> str:
-        """The first address that takes a TCP connection. All are tried at once.
+        """The first address that takes a TCP connection.
 
         Raises:
             _LinkFault: None does. ``refused`` when the one that worked last, or else every one, refused.
         """
-        knocks = {
-            asyncio.create_task(_knock(address, broker.port), name="mqtt.probe"): address
-            for address in broker.addresses
-        }
-        faults: dict[str, OSError | TimeoutError] = {}
-        try:
-            pending = set(knocks)
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
-                for knock in sorted(done, key=lambda knock: broker.addresses.index(knocks[knock])):
-                    fault = knock.result()
-                    if fault is None:
-                        return knocks[knock]
-                    faults[knocks[knock]] = fault
-        finally:
-            for knock in knocks:
-                knock.cancel()
-            await asyncio.gather(*knocks, return_exceptions=True)
-        refusals = {address for address, fault in faults.items() if isinstance(fault, ConnectionError)}
+        knocked = await knock(broker.addresses, broker.port)
+        if knocked.address is not None:
+            return knocked.address
         if self._good_address is not None and self._good_address[0] == _key(broker):
-            refused = self._good_address[1] in refusals
+            refused = knocked.refused(self._good_address[1])
         else:
-            refused = bool(faults) and refusals == set(faults)
-        reasons = ", ".join(
-            f"{address}:{broker.port} {_fault_text(fault)}" for address, fault in sorted(faults.items())
+            refused = bool(broker.addresses) and all(map(knocked.refused, broker.addresses))
+        raise _LinkFault(
+            f"no broker answers at port {broker.port}: {str(knocked) or 'it has no address'}", refused=refused
         )
-        raise _LinkFault(f"no broker answers: {reasons or 'it has no address'}", refused=refused)
 
-    async def _connect(self, client: aiomqtt.Client, broker: BrokerRef) -> None:
+    async def _connect(self, client: aiomqtt.Client, broker: BrokerRef, address: str) -> None:
         entering = asyncio.ensure_future(client.__aenter__())
         try:
             await asyncio.shield(entering)
@@ -384,7 +368,7 @@ class MqttBus:
             _hang_up(client)
             self._reconsider_protocol(broker, error)
             raise _LinkFault(
-                f"the broker at {broker.addresses} did not take the connection: {_connect_text(error)}",
+                f"the broker at {address}:{broker.port} did not take the connection: {_connect_text(error)}",
                 retry_at_once=_is_protocol_refusal(error) and self._protocol(broker) is _V311,
             ) from None
 
@@ -513,17 +497,6 @@ class _LinkIntake:
         self._ended = True
 
 
-async def _knock(address: str, port: int) -> OSError | TimeoutError | None:
-    """Whether somebody accepts TCP connections there: ``None``, or why not."""
-    try:
-        async with asyncio.timeout(_PROBE_S):
-            _, writer = await asyncio.open_connection(address, port)
-    except (OSError, TimeoutError) as error:
-        return error
-    writer.transport.abort()  # no TIME_WAIT on the broker, and nothing more to wait for
-    return None
-
-
 async def _until_broken(client: aiomqtt.Client) -> None:
     async for _ in client.messages:  # never yields: the intake takes everything
         pass
@@ -594,13 +567,3 @@ def _connect_text(error: Exception) -> str:
     if "CERTIFICATE" in text or "certificate" in text:
         return f"{text}: its certificate is not of this mesh; check the join code, or the broker's URL"
     return text
-
-
-def _fault_text(fault: OSError | TimeoutError) -> str:
-    match fault:
-        case TimeoutError():
-            return f"is silent ({_PROBE_S:.0f} s)"
-        case ConnectionRefusedError():
-            return "refuses connections"
-        case OSError():
-            return fault.strerror or str(fault)
