@@ -60,7 +60,7 @@ class Recalls:
 
     def tick(self, now: float) -> list[Effect]:
         due = [(node, asked) for node, asked in self._asked.items() if asked.again_at <= now]
-        return [self._send(node, min(asked.every_s * 2, _EVERY_MAX_S), now) for node, asked in due]
+        return [self._send(node, min(asked.every_s * 1.5, _EVERY_MAX_S), now) for node, asked in due]
 
     def answered(self, node: NodeId, inventory: Inventory) -> None:
         """Note one part; a part of another round is still news, but completes nothing."""

@@ -6,6 +6,7 @@ import pytest
 
 from coordinator.admission import AdmissionConfig
 from coordinator.attempts import AttemptsConfig
+from coordinator.copies import rendezvous
 from coordinator.scheduler import Mode, SchedulerConfig
 from coordinator.settlement import SettlementConfig
 from mesh.core import Broadcast
@@ -342,6 +343,27 @@ def test_a_worker_forgets_an_outcome_only_when_two_disks_have_it() -> None:
         assert len(settled) >= 2
 
 
+def held_by(holder: str, candidates: list[str], prefix: str) -> TaskId:
+    """A task id whose first holder among ``candidates`` is ``holder``."""
+    names = (TaskId(f"{prefix}{i}") for i in range(1000))
+    return next(name for name in names if rendezvous(name, [NodeId(n) for n in candidates])[0] == holder)
+
+
+def test_a_result_does_not_wait_for_the_holder_but_the_workers_copy_does() -> None:
+    world = mesh(3, slots=1, service_s=1)
+    task = held_by("n2", ["n1", "n2"], "t")
+    world.say(ask("fills n0", id=TaskId("filler")))
+    world.run(0.2)
+    world.say(ask("runs on n1", id=task))
+    world.run(0.2)
+    world.cut.add(frozenset((NodeId("n0"), NodeId("n2"))))
+    world.run(1.2)
+    assert world.results(task) and f"attempt/{task}/1" in world.hosts[NodeId("n1")].journal
+    world.cut.clear()
+    world.run(10)
+    assert f"attempt/{task}/1" not in world.hosts[NodeId("n1")].journal
+
+
 # ── coordinators come and go ────────────────────────────────────────────────────────────────────────
 
 
@@ -395,6 +417,26 @@ def test_a_submission_said_while_recovering_is_taken_when_recovered() -> None:
     world.say(ask(id=TaskId("t1")))
     world.run(5)
     assert world.states("t1")[-1] == "done"
+
+
+def test_recovered_work_waits_for_a_live_node_whose_answer_is_late() -> None:
+    """That node is the only one left which knows that the task is done."""
+    world = mesh(4, service_s=0.5)
+    task = held_by("n2", ["n1", "n2", "n3"], "t")
+    world.say(ask(id=task))
+    world.run(1)
+    assert len(world.started) == 1
+    world.kill("n0")
+    world.bury("n0")
+    world.cut.add(frozenset((NodeId("n1"), NodeId("n2"))))
+    world.elect("n1")
+    world.run(3.1)  # long enough that n3 was asked to hold what n1 only remembers having heard
+    assert world.scheduler.mode is Mode.ACTIVE
+    world.say(ask("new", id=TaskId("new")))
+    world.cut.clear()
+    world.run(10)
+    assert [assign.task for _, _, assign in world.started] == [task, "new"]
+    assert {result.epoch.term for result in world.results(task)} == {1}
 
 
 def test_a_fenced_coordinator_can_do_no_harm() -> None:
