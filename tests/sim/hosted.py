@@ -99,7 +99,7 @@ class HostingShell(EngineShell):
 
     def _stop(self, life: Life) -> None:
         if (broker := self._hosted.pop(life.boot, None)) is not None:
-            life.world.network.stop_broker(broker)
+            life.world.network.stop_broker(broker, is_power_cut=life.is_unplugged)
 
     # ── peers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,8 +133,13 @@ class HostingShell(EngineShell):
         ):
             world.queue.after(delay_s, self._answer, life, target)
         elif not is_sighting:
-            wait_s = delay_s if target is None else PROBE_TIMEOUT_S
+            wait_s = delay_s if target is None and self._is_refused(life, node) else PROBE_TIMEOUT_S
             world.queue.after(wait_s, life.learn, PeerSilent(node))
+
+    def _is_refused(self, life: Life, node: NodeId) -> bool:
+        """The machine runs and can be reached, and says that nobody listens there."""
+        host = life.world.hosts[node]
+        return not host.is_unplugged and life.world.network.is_reachable(life.place, host.place)
 
     def _answer(self, life: Life, target: Life) -> None:
         if target.is_alive:

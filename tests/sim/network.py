@@ -107,6 +107,8 @@ class Broker:
     clients: dict[str, Connection]
     retained: dict[Key, tuple[Topic, Any, str]]
     stalled_until: float = 0.0
+    refuses: bool = True
+    """While down: its machine answers that nobody listens."""
 
     @property
     def incarnation(self) -> str:
@@ -146,12 +148,14 @@ class Network:
             broker.life += 1
         self.queue.after(down_s, self._start_broker, broker)
 
-    def stop_broker(self, broker: Broker) -> None:
-        """Its connections break at once and it publishes no wills: it is gone."""
+    def stop_broker(self, broker: Broker, *, is_power_cut: bool = False) -> None:
+        """It is gone and publishes no wills. Its clients hear so, or by a power cut only their own timers."""
         broker.is_up = False
+        broker.refuses = not is_power_cut
         for connection in broker.connections():
             connection.cut_up = connection.cut_down = True
-            self.queue.after(self._delay(), self._client_notices, connection)
+            after_s = self._rng.uniform(0.5, 1.0) * KEEPALIVE_S if is_power_cut else self._delay()
+            self.queue.after(after_s, self._client_notices, connection)
         broker.nodes.clear()
         broker.clients.clear()
 
@@ -196,6 +200,11 @@ class Network:
             self.queue.after(self._rng.uniform(*BACKOFF_S), self._try, endpoint)
             return
         self.queue.after(self._delay() * 3, self._accept, endpoint, broker, broker.n_starts)
+
+    def _is_refused(self, endpoint: Endpoint, broker: Broker) -> bool:
+        """The machine of a broker that the mesh hosts says at once that it is gone."""
+        is_gone = not broker.is_up and broker.refuses and broker.host is not None
+        return is_gone and not endpoint.is_stopped() and not self._is_blocked(endpoint, broker)
 
     def _accept(self, endpoint: Endpoint, broker: Broker, n_starts: int) -> None:
         """The broker's side of CONNECT and SUBSCRIBE, in one step."""

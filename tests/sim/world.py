@@ -70,6 +70,7 @@ class Host:
     disk: dict[str, Message] = field(default_factory=dict)
     life: Life | None = None
     n_lives: int = 0
+    is_unplugged: bool = False
     is_lost: bool = False
     """Burnt with its disk: it never comes back."""
 
@@ -89,6 +90,8 @@ class Life:
         self.connection: Connection | None = None
         self.is_connecting = False
         self.is_alive = True
+        self.is_unplugged = False
+        """It ended by a power cut, so nothing on its machine answers."""
         self.broker_name: str | None = world.broker_of(host.node)
         self.core: Core
         self._stopped_until = 0.0
@@ -358,6 +361,7 @@ class World:
             return
         host.life = None
         life.is_alive = False
+        host.is_unplugged = life.is_unplugged = is_power_cut
         self.note("killed", life)
         if life.connection is not None:
             self.network.process_gone(life.connection, is_power_cut=is_power_cut)
