@@ -31,7 +31,7 @@ PROMPT = "Explain in detail how tides work, and why there are two of them each d
 
 
 def measure(options: Options) -> Iterator[Metric]:
-    repeats, n_tokens = (2, 16) if options.quick else (7, 96)
+    repeats, n_tokens = (2, 16) if options.quick else (5, 64)
     directory, _ = prepare(resolve(DEFAULT_MODEL), models_dir(), convert, lambda text, fraction: None)
     threads = physical_cores()
     torch.set_num_threads(threads)
