@@ -184,8 +184,12 @@ class Chaos:
 
     def _kill(self) -> None:
         if (node := self._victim()) is not None and self._world.hosts[node].life is not None:
-            self._world.kill(node, is_power_cut=self._rng.random() < 0.3)
-            self._world.queue.after(_log_uniform(self._rng, 0.05, 12.0), self._world.start, node)
+            if self._rng.random() < 0.2:
+                self._world.leave(node)
+            else:
+                self._world.kill(node, is_power_cut=self._rng.random() < 0.3)
+            # Longer than a goodbye takes: a start that comes before the end is no start.
+            self._world.queue.after(0.25 + _log_uniform(self._rng, 0.05, 12.0), self._world.start, node)
 
     def _pause(self) -> None:
         if (node := self._victim()) is not None:

@@ -9,7 +9,7 @@ and everything in flight is lost. QoS 0 may vanish; the last QoS 1 packets may a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
@@ -127,6 +127,8 @@ class Network:
         self.faults = faults
         self.brokers: dict[str, Broker] = {}
         self.n_delivered = 0
+        self.wire: Callable[[str, Hashable, Any], Any] | None = None
+        """If set, every published message goes through it: (sender, topic's key, message) -> message."""
         self._rng = rng
         self._blocked_until: dict[tuple[str, str], float] = {}
 
@@ -320,6 +322,8 @@ class Network:
         connection = endpoint.connection
         if connection is None or not connection.is_open:
             return
+        if self.wire is not None:
+            message = self.wire(endpoint.name, key, message)
         faults, rng = self.faults, self._rng
         if row.qos == 0 and faults.drop_p and rng.random() < faults.drop_p:
             return
@@ -358,20 +362,18 @@ class Network:
         self._fan_out(broker, row, key, message, sender)
 
     def clear(self, endpoint: Endpoint, message: TaskForgotten | NodeForgotten) -> None:
-        """Empty retained payloads: the rows forget, subscribers hear it once a row."""
+        """Empty retained payloads: the rows forget. Readers pay no heed to them (``packets.read``)."""
         key = message.task if isinstance(message, TaskForgotten) else message.node
         for row in topics.CLEARS[type(message)]:
             if endpoint.connection is not None and endpoint.connection.is_open:
                 at = self.queue.now + self._delay()
                 if not self.faults.reorder:
                     at = endpoint.connection.up_at = max(at, endpoint.connection.up_at)
-                self.queue.at(at, self._clear_at_broker, endpoint.connection, row, key, message)
+                self.queue.at(at, self._clear_at_broker, endpoint.connection, row, key)
 
-    def _clear_at_broker(self, connection: Connection, row: Topic, key: Hashable, message: Any) -> None:
-        broker = connection.broker
-        if not connection.cut_up and broker.is_up:
-            broker.retained.pop((row.name, key), None)
-            self._fan_out(broker, row, key, message, connection.endpoint.name)
+    def _clear_at_broker(self, connection: Connection, row: Topic, key: Hashable) -> None:
+        if not connection.cut_up and connection.broker.is_up:
+            connection.broker.retained.pop((row.name, key), None)
 
     def _fan_out(self, broker: Broker, row: Topic, key: Hashable, message: Any, sender: str) -> None:
         name = row.name

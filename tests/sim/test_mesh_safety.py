@@ -16,6 +16,10 @@ from unittest.mock import patch
 
 import pytest
 
+from mesh import packets
+from mesh.core import Send
+from mesh.ids import MeshName, NodeId
+from mesh.topics import INBOX, topic_of
 from tests.sim import checkers, mutants
 from tests.sim.faults import CALM
 from tests.sim.history import History
@@ -23,6 +27,7 @@ from tests.sim.meshes import Mesh, mesh_world
 from tests.sim.sizes import collection_sizes
 from tests.sim.world import seeds
 
+SIM = MeshName("sim")
 STORM_S = 25.0
 ONE_AT_A_TIME_S = 40.0
 # Slow engines (2 s a task, 16 tasks, one slot), waits doubled to 8 s, and a deadline of 30 s to run out.
@@ -115,6 +120,24 @@ def test_control_without_faults_every_task_has_one_result_and_clients_wait_for_n
     assert not violations(mesh)
     assert not checkers.one_result_per_task(mesh.world.history)
     assert len(checkers.acknowledged(mesh.world.history)) == sum(len(c.tasks) for c in mesh.clients)
+
+
+def test_everything_the_cores_say_survives_the_wire_unchanged() -> None:
+    def through(sender: str, key: object, message: object) -> object:
+        to = NodeId(str(key)) if topic_of(message) is INBOX else None
+        (packet,) = packets.outgoing(message, mesh=SIM, me=NodeId(sender), to=to)
+        heard = packets.read(packet, mesh=SIM)
+        assert heard is not None and heard.message == message
+        return heard.message
+
+    kinds: set[str] = set()
+    for seed in range(20):
+        mesh = mesh_world(seed, length_s=STORM_S)
+        mesh.world.network.wire = through
+        mesh.storm(STORM_S)
+        assert not violations(mesh)
+        kinds |= {type(e.what.message).__name__ for e in mesh.world.history if isinstance(e.what, Send)}
+    assert {"Hold", "Held", "Recall", "Inventory", "Assign", "AttemptEnded", "OutcomeTaken"} <= kinds
 
 
 # Membership, roles and configuration hold a few entries per node; nothing else may be left of the tasks.

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from mesh import topics
 from mesh.core import Broadcast, Core, Effect, Fact, Message, Notify, Save, Send
-from mesh.facts import Elected, LinkDown, LinkUp
+from mesh.facts import Elected, Leaving, LinkDown, LinkUp
 from mesh.ids import Boot, NodeId, new_boot
 from mesh.messages import CancelTask, Drain, LeaseRecord, NodeForgotten, NodeState, TaskForgotten, TaskReply
 from tests.sim.clock import LocalClock
@@ -35,6 +35,8 @@ __all__ = ["Birth", "Host", "Life", "Shell", "World", "seeds", "will_of"]
 
 # A core whose wake_at stays in the past after its tick would spin the real driver.
 TICKS_AT_ONCE_MAX = 50
+
+LEAVE_S = 0.2
 
 # Crashes and stops between effects hit a promise on its way to the disk this much more often.
 SAVE_WEIGHT = 10
@@ -372,6 +374,19 @@ class World:
     def restart(self, node: NodeId) -> None:
         self.kill(node)
         self.start(node)
+
+    def leave(self, node: NodeId) -> None:
+        """The process says goodbye, as by Ctrl-C, and ends a moment later without a last will."""
+        life = self.hosts[node].life
+        if life is not None and not life.is_stopped():
+            self.note("leaves", life)
+            life.learn(Leaving())
+            self.queue.after(LEAVE_S, self._left, node, life)
+
+    def _left(self, node: NodeId, life: Life) -> None:
+        if self.hosts[node].life is life:
+            self.network.disconnect(life)
+            self.kill(node)
 
     def lose(self, node: NodeId) -> None:
         """The machine and its disk are gone for good."""
