@@ -53,13 +53,13 @@ from mesh.messages.node import ADDRESSES_MAX
 from mesh.mqtt import MqttBus
 from mesh.packets import node_filters
 from mesh.streams import DEFAULT_PORT, PeerClient, PeerServer
-from mesh.topics import STATUS, access_list
+from mesh.topics import EVENT, RESULT, STATUS, STREAM, access_list
 from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
 from node import __version__
 from node.broker_host import BrokerHost
 from node.fact_log import log_fact
 from node.logs import say, set_up
-from node.models import DEFAULT_MODEL
+from node.models import DEFAULT_MODEL, resolve
 from node.peers import PROBE_TIMEOUT_S, Peers
 from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
@@ -76,7 +76,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 1.0
 STRANGERS_MAX = 64  # warned of by name; more is somebody playing
 FAREWELL_S = 3.0  # to tell the others goodbye; a broker that hangs must not keep the process
-EXIT_SUPERSEDED = 1
+EXIT_SUPERSEDED = 2  # the operator must act; starting again would not help
 EVERYWHERE = ("0.0.0.0",)
 
 _SUPERSEDED = (
@@ -130,6 +130,7 @@ class Agent:
         self._vitals = VitalsReader()
         device = profile()
         self._model = (settings.model or DEFAULT_MODEL) if settings.compute else None
+        model_name = resolve(self._model).name if self._model is not None else None
         identity = slot.identity(key)
         self._server = PeerServer(
             identity.server_context(),
@@ -142,7 +143,7 @@ class Agent:
             node=self.node, incarnation=slot.incarnation, hostname=device.hostname, version=__version__,
             protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX, addresses=[], port=0,
             system=device.system, device="none", n_cpus=device.n_cpus,
-            memory_bytes=device.memory_bytes, model=self._model, adapters=[], slots=0,
+            memory_bytes=device.memory_bytes, model=model_name, adapters=[], slots=0,
         )  # fmt: skip
         self._me = NodeState(node=self.node, state="online", incarnation=slot.incarnation, boot=self._boot)
         self.cores: Cores = build_cores(
@@ -153,13 +154,17 @@ class Agent:
             now=time.monotonic(),
             external=settings.broker,
         )
-        rows = [] if settings.headless else [STATUS.filter(settings.mesh)]
+        # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
+        rows = [] if settings.headless else [STATUS, STREAM, RESULT, EVENT]
         ours = identity.client_context()
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,
             boot=self._boot,
-            filters=[*node_filters(settings.mesh, self.node), *rows],
+            filters=[
+                *node_filters(settings.mesh, self.node),
+                *(row.filter(settings.mesh) for row in rows),
+            ],
             will=lambda: replace(self.cores.membership.state, state="offline"),
             tls=lambda broker: ours if broker.host is not None else ssl.create_default_context(),
         )

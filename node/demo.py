@@ -20,7 +20,7 @@ from mesh.ids import MeshName, NodeId, new_task_id
 from mesh.messages import Submit, TaskResult, TaskStatus, TaskTokens
 from mesh.units import seconds_text
 from node.client import TASK_ROWS, connected, submit
-from node.local_mesh import LocalMesh, NodeProcess
+from node.local_mesh import Event, LocalMesh, NodeProcess
 from node.settings import Settings
 from node.state import StateDir
 
@@ -196,9 +196,9 @@ async def _pull_the_plug(mesh: LocalMesh, settings: Settings, paper: _Paper) -> 
     await coordinator.kill()
     paper.end(f"kill -9 {coordinator.pid}   ({coordinator.id} is gone)")
     answer = await asking
-    elected = await _first_elected(marks)
+    successor, elected = await _first_elected(marks)
     paper.line(
-        f"{elected['node']} coordinates {seconds_text(elected['at'] - killed_at)} after the kill "
+        f"{successor} coordinates {seconds_text(elected['monotonic_s'] - killed_at)} after the kill "
         f"(epoch {elected['epoch']}); the answer came from {answer.node}, attempt {answer.attempt}"
     )
 
@@ -213,8 +213,8 @@ async def _coordinator(mesh: LocalMesh) -> NodeId:
     return NodeId(last[1])
 
 
-async def _first_elected(marks: dict[NodeProcess, int]) -> dict[str, object]:
-    """Which survivor took over, and when on our clock (one machine, one monotonic clock)."""
+async def _first_elected(marks: dict[NodeProcess, int]) -> tuple[NodeId, Event]:
+    """Which survivor took over, and the event that says so (one machine: its clock is ours)."""
     waiting = {
         asyncio.create_task(node.wait_for("elected", 20.0, after=mark)): node for node, mark in marks.items()
     }
@@ -223,8 +223,4 @@ async def _first_elected(marks: dict[NodeProcess, int]) -> dict[str, object]:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     winner = done.pop()
-    return {
-        "node": waiting[winner].id,
-        "at": winner.result()["monotonic_s"],
-        "epoch": winner.result()["epoch"],
-    }
+    return waiting[winner].id, winner.result()

@@ -53,6 +53,7 @@ from node.compute_messages import (
     frame,
     frame_size,
 )
+from node.logs import say
 
 __all__ = ["ComputeWorker", "pause_s"]
 
@@ -237,7 +238,7 @@ class ComputeWorker:
         match message:
             case Loading(text=text, fraction=fraction):
                 self.activity = text if fraction is None else f"{text} ({fraction:.0%})"
-                log.info("%s", self.activity)
+                say(log, "loading", self.activity)
             case Ready():
                 self._ready = message
                 self._learn(EngineReady(message.model, message.context_tokens, message.slots))
