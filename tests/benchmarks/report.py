@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import statistics
 import sys
@@ -106,6 +107,7 @@ def main(
     parser.add_argument("--json", action="store_true", help="one JSON object per metric and line")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
+    logging.getLogger("mesh").setLevel(logging.ERROR)  # links that benchmarks break on purpose are no news
     metrics = []
     for metric in measure(Options(quick=arguments.quick, seed=arguments.seed)):
         metrics.append(metric)
