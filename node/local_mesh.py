@@ -146,12 +146,24 @@ class LocalMesh:
         *,
         flags: tuple[str, ...] = (),
         broker: BrokerRef | None = None,
+        interfaces: str | None = "lo",
+        prefix: tuple[str, ...] = (),
     ) -> None:
-        """``flags`` go to every node; ``broker`` is the site's own, which nodes and commands then use."""
+        """One machine's share of a mesh.
+
+        Args:
+            state_dir: Of this machine.
+            flags: Of every node.
+            broker: The site's own, which nodes and commands then use.
+            interfaces: Where to speak; ``None``: on every real one.
+            prefix: Runs a command elsewhere (``ip netns exec NAME``): another machine for a test.
+        """
         self.state_dir = state_dir
         self.mesh = mesh
         self.broker = broker
         self._flags = flags
+        self._interfaces = interfaces
+        self._prefix = prefix
         self.nodes: list[NodeProcess] = []
 
     async def __aenter__(self) -> Self:
@@ -168,7 +180,7 @@ class LocalMesh:
 
     def command(self, *arguments: str) -> list[str]:
         """An ``edgemesh`` command line for this mesh, to run beside the nodes."""
-        return [sys.executable, "-m", "node", *arguments]
+        return [*self._prefix, sys.executable, "-m", "node", *arguments]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -176,7 +188,7 @@ class LocalMesh:
             **{name: value for name, value in os.environ.items() if not name.startswith("EDGEMESH_")},
             "EDGEMESH_STATE_DIR": str(self.state_dir),
             "EDGEMESH_MESH": self.mesh,
-            "EDGEMESH_INTERFACES": "lo",
+            **({"EDGEMESH_INTERFACES": self._interfaces} if self._interfaces is not None else {}),
             **({"EDGEMESH_BROKER": broker_text(self.broker)} if self.broker is not None else {}),
         }
 
