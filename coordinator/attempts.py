@@ -59,6 +59,8 @@ class Attempts:
         self._policy = policy
         self._settle = settle
         self._config = config
+        self.stragglers_until = -FOREVER
+        """Until then a node that has not answered the recall may know of an end of a recovered task."""
 
     # ── to workers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -77,7 +79,8 @@ class Attempts:
     def attend(self, task: Task, now: float) -> list[Effect]:
         """Do what time makes due for an open task, its deadline apart."""
         if task.node is None:
-            return []
+            is_due = task.cancel_at <= now
+            return self._end(task, "cancelled", "cancelled by the client", now) if is_due else []
         if task.cancel_at <= now:
             return self._end(task, "cancelled", "cancelled by the client; its worker did not answer", now)
         if task.is_cancelling:
@@ -96,13 +99,19 @@ class Attempts:
     def due_at(self, task: Task, now: float) -> float:
         """When ``attend`` or ``place`` has something to do for an open task."""
         if task.node is None:
-            return min((until for until in task.avoid.values() if until > now), default=FOREVER)
+            again_at = min((until for until in task.avoid.values() if until > now), default=FOREVER)
+            return min(again_at, task.cancel_at)
         if task.is_cancelling:
             return min(task.cancel_at, task.cancel_again_at)
         return min(task.assign_again_at, task.heard_at + self._config.silence_s)
 
     def cancel(self, task: Task, now: float) -> list[Effect]:
         """A client wants the open task ended."""
+        if task.node is None and task.is_recovered and now < self.stragglers_until:
+            # A node that owes its answer may know how it ended.
+            self._ledger.touch(task)
+            task.cancel_at = min(task.cancel_at, self.stragglers_until)
+            return []
         if task.node is None:
             return self._end(task, "cancelled", "cancelled by the client", now)
         if task.is_cancelling:
@@ -190,6 +199,8 @@ class Attempts:
 
     def _waiting(self, now: float, with_recovered: bool) -> Iterator[Waiting]:
         for task in self._ledger.waiting():
+            if task.is_cancelling:
+                continue
             if task.deadline_at > now and (with_recovered or not task.is_recovered):
                 avoid = frozenset(node for node, until in task.avoid.items() if until > now)
                 yield Waiting(task=task.id, submit=task.submit, avoid=avoid)

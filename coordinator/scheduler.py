@@ -269,7 +269,8 @@ class Scheduler:
         """All that would answer have: build the ledger, records first, then what workers say of them."""
         self._mode = Mode.ACTIVE
         self._recover_until = FOREVER
-        self._stragglers_until = FOREVER if self._recalls.is_complete else now + self._config.straggler_s
+        if not self._recalls.is_complete:
+            self._stragglers_until = self._attempts.stragglers_until = now + self._config.straggler_s
         heard, self._heard = self._heard, []
         own = Inventory(
             epoch=self.epoch,
