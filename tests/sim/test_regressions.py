@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
+from coordinator.scheduler import Mode, Scheduler
+from coordinator.store import RecordStore
+from coordinator.task import digest_of
 from mesh import topics
-from mesh.facts import Elected
-from mesh.ids import Epoch, NodeId
-from mesh.messages import LeaseRecord
+from mesh.core import Broadcast, Effect, Send
+from mesh.facts import Elected, MemberChanged
+from mesh.fence import Fence
+from mesh.ids import Epoch, NodeId, TaskId
+from mesh.messages import (
+    CancelTask,
+    Inventory,
+    LeaseRecord,
+    Outcome,
+    Recall,
+    Submit,
+    TaskRecord,
+    TaskResult,
+)
 from tests.sim import checkers
 from tests.sim.elections import election_of, election_world, is_settled
 from tests.sim.engine import info_of
@@ -69,3 +84,62 @@ def test_an_older_description_that_comes_back_late_does_not_idle_a_node_for_ever
     world.run(10.0)
     assert site.retained["INFO", node][1] == current
     assert mesh.heal(within_s=30) is None and mesh.are_clients_content
+
+
+def _recovering_scheduler() -> tuple[Scheduler, list[Effect], TaskRecord]:
+    """A new coordinator ``a`` with an open record, a client's cancel, and ``b`` that has not answered yet."""
+    a, b = NodeId("a"), NodeId("b")
+    record = TaskRecord(
+        task=TaskId("t"),
+        submit=Submit(prompt="hi", id=TaskId("t")),
+        digest=digest_of(Submit(prompt="hi")),
+        budget_s=None,
+        outcome=None,
+        epoch=Epoch(1, b),
+    )
+    store = RecordStore(now=0.0, journal={"task/t": record})
+    scheduler = Scheduler(me=a, fence=Fence(), store=store, rng=Random(0))
+    scheduler.learn(MemberChanged(b, "alive", 1), 0.0)
+    scheduler.receive(CancelTask(task=TaskId("t")), NodeId("client"), 0.0)
+    effects = scheduler.learn(Elected(Epoch(2, a)), 0.0)
+    effects += scheduler.tick(scheduler.wake_at)
+    while scheduler.mode is not Mode.ACTIVE:
+        effects += scheduler.tick(scheduler.wake_at)
+    return scheduler, effects, record
+
+
+def test_a_cancel_during_a_failover_waits_for_the_node_that_knows_how_the_task_ended() -> None:
+    """Found by seed 1117 with one node in trouble at a time: a client read ``cancelled``, then ``done``."""
+    scheduler, effects, record = _recovering_scheduler()
+    assert "cancelled" not in scheduler.counts
+    recalls = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Recall)]
+    done = Outcome(
+        state="done",
+        text="hello",
+        finish_reason="stop",
+        reason=None,
+        node=NodeId("b"),
+        attempt=1,
+        epoch=Epoch(1, NodeId("b")),
+    )
+    effects += scheduler.receive(
+        Inventory(
+            epoch=Epoch(2, NodeId("a")),
+            records=[replace(record, outcome=done)],
+            running=[],
+            ended=[],
+            is_last=True,
+            round=recalls[-1].round,
+        ),
+        NodeId("b"),
+        2.0,
+    )
+    results = [e.message for e in effects if isinstance(e, Broadcast) and isinstance(e.message, TaskResult)]
+    assert [result.state for result in results] == ["done"]
+
+
+def test_a_cancel_during_a_failover_is_not_put_off_for_ever() -> None:
+    scheduler, _, _ = _recovering_scheduler()
+    while scheduler.counts.get("cancelled") != 1:
+        assert scheduler.wake_at < 6.0
+        scheduler.tick(scheduler.wake_at)

@@ -92,6 +92,7 @@ class Life:
         self.connection: Connection | None = None
         self.is_connecting = False
         self.is_alive = True
+        self.is_leaving = False
         self.is_unplugged = False
         """It ended by a power cut, so nothing on its machine answers."""
         self.broker_name: str | None = world.broker_of(host.node)
@@ -380,6 +381,7 @@ class World:
         life = self.hosts[node].life
         if life is not None and not life.is_stopped():
             self.note("leaves", life)
+            life.is_leaving = True
             life.learn(Leaving())
             self.queue.after(LEAVE_S, self._left, node, life)
 
@@ -460,6 +462,7 @@ class World:
         life = self.hosts[node].life
         return (
             life is not None
+            and not life.is_leaving
             and life.connection is not None
             and life.connection.is_open
             and not life.is_stopped()
