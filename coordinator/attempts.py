@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from coordinator.placement import Policy, Waiting
 from coordinator.publish import announce, event
-from coordinator.task import Task
+from coordinator.task import CANCELLED_BY_CLIENT, Task
 from coordinator.term import Term
 from mesh.core import FOREVER, Effect, Send
 from mesh.ids import Epoch, NodeId
@@ -80,14 +80,14 @@ class Attempts:
         """Do what time makes due for an open task, its deadline apart."""
         if task.node is None:
             is_due = task.cancel_at <= now
-            return self._end(task, "cancelled", "cancelled by the client", now) if is_due else []
+            return self._end(task, "cancelled", CANCELLED_BY_CLIENT, now) if is_due else []
         if task.cancel_at <= now:
-            return self._end(task, "cancelled", "cancelled by the client; its worker did not answer", now)
+            return self._end(task, "cancelled", f"{CANCELLED_BY_CLIENT}; its worker did not answer", now)
         if task.is_cancelling:
             if task.cancel_again_at > now:
                 return []
             task.cancel_again_at = now + self._config.cancel_every_s
-            return [self._stop(task, task.node, "cancelled by the client")]
+            return [self._stop(task, task.node, CANCELLED_BY_CLIENT)]
         if task.assign_again_at <= now:
             if task.asked >= self._config.asked_max:
                 return self.lost(task, f"{task.node} did not answer", now)
@@ -113,13 +113,13 @@ class Attempts:
             task.cancel_at = min(task.cancel_at, self.stragglers_until)
             return []
         if task.node is None:
-            return self._end(task, "cancelled", "cancelled by the client", now)
+            return self._end(task, "cancelled", CANCELLED_BY_CLIENT, now)
         if task.is_cancelling:
             return []
         self._ledger.touch(task)
         task.cancel_at = now + self._config.cancel_s
         task.cancel_again_at = now + self._config.cancel_every_s
-        return [self._stop(task, task.node, "cancelled by the client")]
+        return [self._stop(task, task.node, CANCELLED_BY_CLIENT)]
 
     def again(self, task: Task, reason: str, now: float) -> list[Effect]:
         """The attempt may be lost with its worker's memory: the same node is asked for the next one.
@@ -137,7 +137,7 @@ class Attempts:
     def lost(self, task: Task, reason: str, now: float) -> list[Effect]:
         """The attempt is over and settled nothing: the next one runs elsewhere if anywhere it can."""
         if task.is_cancelling:
-            return self._end(task, "cancelled", "cancelled by the client", now)
+            return self._end(task, "cancelled", CANCELLED_BY_CLIENT, now)
         if not self._may_try(task):
             return self._end(task, "failed", f"given up after {task.failures + 1} attempts: {reason}", now)
         assert task.node is not None
@@ -175,7 +175,7 @@ class Attempts:
         if task.attempt_number != attempt.attempt:
             return []
         if task.is_cancelling:
-            return self._end(task, "cancelled", "cancelled by the client", now)
+            return self._end(task, "cancelled", CANCELLED_BY_CLIENT, now)
         wait_s = min(
             self._config.refused_wait_s * 2 ** min(task.refusals, 10), self._config.refused_wait_max_s
         )
@@ -188,7 +188,9 @@ class Attempts:
     def ended(self, sender: NodeId, ended: AttemptEnded, task: Task, now: float) -> Outcome | list[Effect]:
         """An outcome that settles the open task, or what to do because this one does not."""
         outcome = ended.outcome
-        is_final = not outcome.retry and (outcome.state != "cancelled" or task.is_cancelling)
+        # The coordinator that was asked to cancel may be gone: then the worker's word is all there is.
+        is_wanted = task.is_cancelling or outcome.reason == CANCELLED_BY_CLIENT
+        is_final = not outcome.retry and (outcome.state != "cancelled" or is_wanted)
         if is_final:
             return outcome
         if task.node != sender or task.attempt_number > ended.attempt:

@@ -23,6 +23,7 @@ from mesh.ids import EPOCH_ZERO, Epoch, NodeId, TaskId
 from mesh.messages import Outcome, Submit, TaskRecord, TaskResult, TaskState, TaskStatus
 
 __all__ = [
+    "CANCELLED_BY_CLIENT",
     "TERMINAL_STATES",
     "TRANSITIONS",
     "Task",
@@ -52,6 +53,10 @@ TRANSITIONS: Final[dict[TaskState, frozenset[TaskState]]] = {
     "expired": frozenset(),
     "cancelled": frozenset(),
 }
+
+CANCELLED_BY_CLIENT: Final = "cancelled by the client"
+"""Why an attempt is stopped that its client no longer wants. Travels to the worker and back in its outcome,
+which by this says that it ends the task: other stops only end an attempt."""
 
 # How a client may be reached and what it calls the task say nothing about the work.
 _NOT_BODY = frozenset({"id", "reply_to", "correlation"})

@@ -24,6 +24,7 @@ from coordinator.facts import (
     StopAttempt,
 )
 from coordinator.store import RecordStore
+from coordinator.task import CANCELLED_BY_CLIENT
 from mesh.core import FOREVER, Broadcast, Effect, Fact, Message, Notify, Send
 from mesh.facts import Elected, Followed
 from mesh.fence import Fence
@@ -327,4 +328,5 @@ _DEADLINE = "deadline"
 
 def _is_answer(ended: AttemptEnded) -> bool:
     """Whether this outcome settles the task, so that no other attempt is needed."""
-    return not ended.outcome.retry and ended.outcome.state != "cancelled"
+    outcome = ended.outcome
+    return not outcome.retry and (outcome.state != "cancelled" or outcome.reason == CANCELLED_BY_CLIENT)
