@@ -7,13 +7,14 @@ from random import Random
 
 from coordinator.scheduler import Mode, Scheduler
 from coordinator.store import RecordStore
-from coordinator.task import digest_of
+from coordinator.task import CANCELLED_BY_CLIENT, digest_of
 from mesh import topics
 from mesh.core import Broadcast, Effect, Send
 from mesh.facts import Elected, MemberChanged
 from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
+    AttemptEnded,
     CancelTask,
     Inventory,
     LeaseRecord,
@@ -86,7 +87,7 @@ def test_an_older_description_that_comes_back_late_does_not_idle_a_node_for_ever
     assert mesh.heal(within_s=30) is None and mesh.are_clients_content
 
 
-def _recovering_scheduler() -> tuple[Scheduler, list[Effect], TaskRecord]:
+def _recovering_scheduler(*, hears_cancel: bool = True) -> tuple[Scheduler, list[Effect], TaskRecord]:
     """A new coordinator ``a`` with an open record, a client's cancel, and ``b`` that has not answered yet."""
     a, b = NodeId("a"), NodeId("b")
     record = TaskRecord(
@@ -100,7 +101,8 @@ def _recovering_scheduler() -> tuple[Scheduler, list[Effect], TaskRecord]:
     store = RecordStore(now=0.0, journal={"task/t": record})
     scheduler = Scheduler(me=a, fence=Fence(), store=store, rng=Random(0))
     scheduler.learn(MemberChanged(b, "alive", 1), 0.0)
-    scheduler.receive(CancelTask(task=TaskId("t")), NodeId("client"), 0.0)
+    if hears_cancel:
+        scheduler.receive(CancelTask(task=TaskId("t")), NodeId("client"), 0.0)
     effects = scheduler.learn(Elected(Epoch(2, a)), 0.0)
     effects += scheduler.tick(scheduler.wake_at)
     while scheduler.mode is not Mode.ACTIVE:
@@ -143,3 +145,21 @@ def test_a_cancel_during_a_failover_is_not_put_off_for_ever() -> None:
     while scheduler.counts.get("cancelled") != 1:
         assert scheduler.wake_at < 6.0
         scheduler.tick(scheduler.wake_at)
+
+
+def test_an_attempt_stopped_for_its_client_ends_the_task_under_the_next_coordinator() -> None:
+    """Found by seed 2525: it settled the task in its own words, and would have run it again without them."""
+    scheduler, effects, _ = _recovering_scheduler(hears_cancel=False)
+    stopped = Outcome(
+        state="cancelled",
+        text="hel",
+        finish_reason=None,
+        reason=CANCELLED_BY_CLIENT,
+        node=NodeId("b"),
+        attempt=1,
+        epoch=Epoch(1, NodeId("b")),
+    )
+    ended = AttemptEnded(task=TaskId("t"), attempt=1, epoch=stopped.epoch, outcome=stopped)
+    effects += scheduler.receive(ended, NodeId("b"), 2.0)
+    results = [e.message for e in effects if isinstance(e, Broadcast) and isinstance(e.message, TaskResult)]
+    assert [(result.state, result.text) for result in results] == [("cancelled", "hel")]
