@@ -8,6 +8,7 @@ from mesh.ids import TaskId
 from mesh.messages import Assign, Outcome
 
 __all__ = [
+    "NODE_STOPS",
     "AttemptFinished",
     "AttemptText",
     "DrainChanged",
@@ -25,6 +26,10 @@ class EngineReady:
     model: str
     context_tokens: int
     slots: int
+
+
+NODE_STOPS = "the node is stopping"
+"""The one reason of ``EngineLost`` that is no trouble."""
 
 
 @dataclass(frozen=True, slots=True)

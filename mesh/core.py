@@ -128,7 +128,9 @@ class Stack:
         """Offer each fact among ``effects`` to every core but its source; depth first, in order."""
         return self._spread_rounds(source, effects, now, 0)
 
-    def _spread_rounds(self, source: Core | None, effects: list[Effect], now: float, depth: int) -> list[Effect]:
+    def _spread_rounds(
+        self, source: Core | None, effects: list[Effect], now: float, depth: int
+    ) -> list[Effect]:
         assert depth < _FACT_ROUNDS_MAX, f"cores answer each other for ever: {effects}"
         spread: list[Effect] = []
         for effect in effects:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["KIB", "MIB", "GIB", "bytes_text", "seconds_text"]
+__all__ = ["GIB", "KIB", "MIB", "bytes_text", "seconds_text"]
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from coordinator.facts import DrainChanged, EngineLost, EngineReady
+from coordinator.facts import NODE_STOPS, DrainChanged, EngineLost, EngineReady
 from mesh.core import Fact
 from mesh.facts import Deposed, Elected, Followed, LinkDown, LinkUp, MemberChanged, StopBroker
 from mesh.ids import NodeId
@@ -39,7 +39,8 @@ def log_fact(log: logging.Logger, fact: Fact, me: NodeId) -> None:
             text = f"{model} is loaded: {slots} at once, up to {context_tokens} tokens"
             say(log, "engine_ready", text, model=model, context_tokens=context_tokens, slots=slots)
         case EngineLost(reason=reason):
-            say(log, "engine_lost", f"compute ended: {reason}", logging.WARNING, reason=reason)
+            level = logging.INFO if reason == NODE_STOPS else logging.WARNING
+            say(log, "engine_lost", f"compute ended: {reason}", level, reason=reason)
         case DrainChanged(draining=True):
             say(log, "draining", "taking nothing new; finishing what runs")
         case DrainChanged():

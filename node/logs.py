@@ -47,7 +47,7 @@ class _TextLines(logging.Formatter):
 
 class _Sink(logging.Handler):
     def __init__(self, sink: Callable[[str], None]) -> None:
-        super().__init__()
+        super().__init__(logging.WARNING)
         self._sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -57,7 +57,10 @@ class _Sink(logging.Handler):
 def set_up(
     style: Literal["text", "json"], level: str = "info", *, sink: Callable[[str], None] | None = None
 ) -> None:
-    """Send this process's log to stderr in the chosen form, or to ``sink`` where a screen is in the way."""
+    """Send this process's log to stderr in the chosen form, or to ``sink`` where a screen is in the way.
+
+    A screen shows by itself who is there and who coordinates, so only warnings go to ``sink``.
+    """
     handler = logging.StreamHandler(sys.stderr) if sink is None else _Sink(sink)
     handler.setFormatter(_JsonLines() if style == "json" else _TextLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

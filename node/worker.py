@@ -28,6 +28,7 @@ from random import Random
 from typing import Literal
 
 from coordinator.facts import (
+    NODE_STOPS,
     AttemptFinished,
     AttemptText,
     EngineLost,
@@ -155,7 +156,7 @@ class ComputeWorker:
             try:
                 end = await self._live()
             finally:
-                self._lose_all("the node is stopping")
+                self._lose_all(NODE_STOPS)
                 self._over.set()
             if self._stopping.is_set():
                 return
@@ -175,7 +176,7 @@ class ComputeWorker:
         """End the child; what it ran is handed back before this returns."""
         self._stopping.set()
         self.activity = "stopping"
-        self._lose_all("the node is stopping")
+        self._lose_all(NODE_STOPS)
         process = self._process
         if process is not None and process.stdin is not None:
             process.stdin.close()
@@ -224,7 +225,7 @@ class ComputeWorker:
             listening.cancel()
             self._process = None
         if self._stopping.is_set():
-            reason = "the node is stopping"
+            reason = NODE_STOPS
         reason = failed.reason if failed else reason or _obituary(code, self._last_words)
         self._lose_all(reason)
         self._learn(EngineLost(reason))

@@ -291,7 +291,9 @@ def _reachable(address: str) -> str:
 def _level(line: str) -> int:
     if re.match(r"error|unable|failed", line, re.IGNORECASE):
         return ERROR
-    return INFO if line.startswith("Warning") else DEBUG
+    # Both are meant so: the list is the mesh's own, and whoever runs the node as root has decided that.
+    expected = "does not contain '%c' or '%u'" in line or "should not be run as root" in line
+    return INFO if line.startswith("Warning") and not expected else DEBUG
 
 
 def _signal_name(number: int) -> str:

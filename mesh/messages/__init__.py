@@ -10,7 +10,7 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 """
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
-from mesh.messages.node import Drain, NodeForgotten, NodeInfo, NodeReport, NodeState, NodeStanding, PeerHello
+from mesh.messages.node import Drain, NodeForgotten, NodeInfo, NodeReport, NodeStanding, NodeState, PeerHello
 from mesh.messages.task import (
     Assign,
     AttemptEnded,

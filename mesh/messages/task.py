@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mesh.ids import Epoch, NodeId, TaskId, is_id
+from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages.checks import check_count, check_id, check_positive, check_seconds, check_text
 
 __all__ = [
@@ -103,8 +103,7 @@ class Submit:
         if self.messages and not any(message.content.strip() for message in self.messages):
             raise ValueError("messages are empty: at least one needs content")
         check_text("prompt", self.prompt, PROMPT_BYTES_MAX)
-        if sum(len(message.content.encode("utf-8", "surrogatepass")) for message in self.messages) > PROMPT_BYTES_MAX:
-            raise ValueError(f"messages must be at most {PROMPT_BYTES_MAX} bytes of UTF-8 together")
+        check_text("messages", "".join(message.content for message in self.messages), PROMPT_BYTES_MAX)
         if len(self.messages) > 1024:
             raise ValueError("at most 1024 messages")
         check_count("max_tokens", self.max_tokens, MAX_TOKENS_MAX, least=1)
@@ -123,10 +122,15 @@ class Submit:
             if text is not None and not 0 < len(text) <= 200:
                 raise ValueError(f"{name} must be 1 to 200 characters")
         check_text("correlation", self.correlation, 1024)
-        if self.reply_to is not None and (
-            not 0 < len(self.reply_to.encode()) <= 512 or any(c in self.reply_to for c in "+#\0") or self.reply_to[0] == "$"
-        ):
-            raise ValueError("reply_to must be a plain topic of at most 512 bytes, with no + or #, not starting with $")
+        if self.reply_to is not None and not _is_plain_topic(self.reply_to):
+            raise ValueError(
+                "reply_to must be a plain topic of at most 512 bytes, with no + or #, not starting with $"
+            )
+
+
+def _is_plain_topic(topic: str) -> bool:
+    is_sized = 0 < len(topic.encode("utf-8", "surrogatepass")) <= 512
+    return is_sized and topic[0] != "$" and not any(character in topic for character in "+#\0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

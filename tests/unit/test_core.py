@@ -10,7 +10,9 @@ from mesh.core import FOREVER, Broadcast, Effect, Notify, Stack
 class Recorder:
     """Answers a message with a fact, a fact with what the test says, and remembers everything."""
 
-    def __init__(self, name: str, answers: dict[object, list[Effect]] | None = None, wake_at: float = FOREVER):
+    def __init__(
+        self, name: str, answers: dict[object, list[Effect]] | None = None, wake_at: float = FOREVER
+    ) -> None:
         self.name = name
         self.answers = answers or {}
         self.wake_at = wake_at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -49,9 +50,11 @@ class Script:
         self.on_message = on_message
         self.wake_at = wake_at
         self.calls: list[object] = []
+        self.was_called = asyncio.Event()
 
     def receive(self, message: object, sender: NodeId, now: float) -> list[Effect]:
         self.calls.append(message)
+        self.was_called.set()
         return self.on_message(message)
 
     def learn(self, fact: object, now: float) -> list[Effect]:
@@ -64,9 +67,10 @@ class Script:
 
 
 @contextlib.asynccontextmanager
-async def driving(core: Script, world: World, now: Callable[[], float] | None = None) -> AsyncIterator[Driver]:
-    kwargs = {"now": now} if now else {}
-    driver = Driver(core=core, bus=world, journal=world, on_fact=world.on_fact, **kwargs)  # type: ignore[arg-type]
+async def driving(
+    core: Script, world: World, now: Callable[[], float] = time.monotonic
+) -> AsyncIterator[Driver]:
+    driver = Driver(core=core, bus=world, journal=world, on_fact=world.on_fact, now=now)  # type: ignore[arg-type]
     task = asyncio.create_task(driver.run())
     try:
         yield driver
@@ -130,12 +134,10 @@ async def test_time_that_has_passed_is_told_before_the_message_that_came_late() 
     world = World()
     core = Script(lambda m: [], wake_at=5.0)
     clock[0] = 15.0
-    async with driving(core, world, lambda: clock[0]) as driver:
+    async with driving(core, world, lambda: clock[0]):
         await world.inbox.put(heard("assign"))
         async with asyncio.timeout(5):
-            while "assign" not in core.calls:
-                await asyncio.sleep(0)
-        await driver.settled()
+            await core.was_called.wait()
     assert core.calls == ["tick", "assign"]
 
 
