@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## Three nodes on this machine find each other and answer real prompts
-	@$(BIN)/edgemesh demo --state-dir .demo
+	@$(BIN)/edgemesh demo --state-dir .demo/state
 
 test: $(READY) check  ## Formatting, types and all tests that take minutes, not hours
 	@$(BIN)/python -m pytest

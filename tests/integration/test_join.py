@@ -131,3 +131,39 @@ async def test_nothing_a_node_logs_contains_the_code(tmp_path: Path) -> None:
         await mesh.run("run", "hello")
         for node in mesh.nodes:
             assert secret not in node.tail and secret.upper() not in node.tail
+
+
+@needs_lan
+async def test_two_meshes_of_one_key_become_one_when_the_cable_is_plugged_in(
+    lan: Lan, tmp_path: Path
+) -> None:
+    """Two brokers and two coordinators, born apart: one of each is left, and work goes on."""
+    name = a_name()
+    pi, nano = lan.host("pi", is_cabled=False), lan.host("nano", is_cabled=False)
+    async with machine(pi, tmp_path, name) as first, machine(nano, tmp_path, name) as second:
+        await (await first.start("--new")).wait_for("joined")
+        code = (await first.run("token"))[1].strip()
+        await (await second.start("--code", code)).wait_for("joined")
+        nodes = [first.nodes[0], second.nodes[0]]
+        assert all(any(e["event"] == "broker_hosted" for e in node.events) for node in nodes), "one each"
+        marks = {node: len(node.events) for node in nodes}
+        lan.plug(pi, "10.77.4.1/24")
+        lan.plug(nano, "10.77.4.2/24")
+        for node, other in (nodes, reversed(nodes)):
+            await node.wait_for(
+                "member", 20, after=marks[node],
+                where=lambda e, other=other: e["member"] == other.id and e["standing"] == "alive",
+            )  # fmt: skip
+        stopped = [
+            asyncio.create_task(node.wait_for("broker_stopping", 15, after=marks[node])) for node in nodes
+        ]
+        done, waiting = await asyncio.wait(stopped, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(done) == 1
+        for machine_ in (first, second):
+            exit_code, answer, talk = await machine_.run("run", "one mesh now")
+            assert (exit_code, answer.strip()) == (0, "one mesh now"), talk
+        _, out, _ = await first.run("nodes", "--json")
+        assert out.count('"is_coordinator": true') == 1 and out.count('"online"') == 2
