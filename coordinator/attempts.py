@@ -129,6 +129,11 @@ class Attempts:
         assert task.node is not None
         if task.deadline_at <= now or task.is_cancelling:
             return []  # its end is due; nothing starts it again
+        if not task.is_acknowledged:
+            # Said again during a failover and adopted while it ran: it waits for its second disk.
+            with self._ledger.changing(task):
+                task.requeue()
+            return []
         if not self._may_try(task):
             return self._end(task, "failed", f"given up after {task.failures + 1} attempts: {reason}", now)
         task.failures += 1
