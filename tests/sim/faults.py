@@ -117,7 +117,7 @@ def draw_faults(
             drop_p=min(drawn.drop_p, 0.02),
             delay_s_mean=min(drawn.delay_s_mean, 0.05),
             spike_s=min(drawn.spike_s, 1.0),
-            break_p=min(drawn.break_p, 0.0005),
+            break_p=0.0,  # a link that breaks by itself would be a second node in trouble
             reorder=False,
         )
     return drawn if ordered is None else replace(drawn, reorder=not ordered)

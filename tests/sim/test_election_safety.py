@@ -18,7 +18,7 @@ from tests.sim.faults import CALM
 from tests.sim.history import History
 from tests.sim.world import World, seeds
 
-STORM_S = 40.0
+STORM_S = 30.0
 # A lost claim (1 s), a lease that must run out (2.5 s), a stall (1 s) and back-off, once each, and once more.
 SETTLES_WITHIN_S = 12.0
 

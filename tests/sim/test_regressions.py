@@ -14,8 +14,12 @@ from mesh.facts import Elected, MemberChanged
 from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
+    Assign,
     AttemptEnded,
+    AttemptId,
+    AttemptsRunning,
     CancelTask,
+    Held,
     Inventory,
     LeaseRecord,
     Outcome,
@@ -23,6 +27,7 @@ from mesh.messages import (
     Submit,
     TaskRecord,
     TaskResult,
+    TaskStatus,
 )
 from tests.sim import checkers
 from tests.sim.elections import election_of, election_world, is_settled
@@ -163,3 +168,22 @@ def test_an_attempt_stopped_for_its_client_ends_the_task_under_the_next_coordina
     effects += scheduler.receive(ended, NodeId("b"), 2.0)
     results = [e.message for e in effects if isinstance(e, Broadcast) and isinstance(e.message, TaskResult)]
     assert [(result.state, result.text) for result in results] == [("cancelled", "hel")]
+
+
+def test_a_worker_that_starts_anew_with_a_task_not_yet_durable_does_not_end_the_coordinator() -> None:
+    """Found by a storm: said again during a failover, adopted because it ran, and its worker restarted."""
+    a, b = NodeId("a"), NodeId("b")
+    scheduler = Scheduler(me=a, fence=Fence(), store=RecordStore(now=0.0), rng=Random(0))
+    scheduler.learn(MemberChanged(b, "alive", 1), 0.0)
+    effects = scheduler.learn(Elected(Epoch(2, a)), 0.0)
+    (recall,) = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Recall)]
+    empty = Inventory(epoch=recall.epoch, records=[], running=[], ended=[], is_last=True, round=recall.round)
+    scheduler.receive(empty, b, 0.1)
+    scheduler.receive(Submit(prompt="hi", id=TaskId("t")), NodeId("client"), 0.2)
+    running = AttemptId(task=TaskId("t"), attempt=1, epoch=Epoch(1, b))
+    scheduler.receive(AttemptsRunning(attempts=[running]), b, 0.3)
+    effects = scheduler.learn(MemberChanged(b, "alive", 2), 0.4)
+    assert not [e for e in effects if isinstance(e, Send) and isinstance(e.message, Assign)]
+    effects = scheduler.receive(Held(epoch=Epoch(2, a), task=TaskId("t"), settled=False), b, 0.5)
+    said = [e.message for e in effects if isinstance(e, Broadcast) and isinstance(e.message, TaskStatus)]
+    assert [status.state for status in said] == ["queued"]
