@@ -37,7 +37,7 @@ format: $(READY)  ## Put every file into the house format
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
 
 docs: $(READY)  ## Print the generated pages again: protocol, AsyncAPI, command line
-	@$(BIN)/python -m mesh.topics --write
+	@$(BIN)/python -m mesh.topic_docs --write
 	@$(BIN)/python -m node.cli.reference --write
 
 bench: $(READY)  ## Every number we publish, quickly

@@ -1,4 +1,4 @@
-"""What ``python -m mesh.topics --write`` writes: ``docs/protocol.md`` and ``docs/asyncapi.yaml``.
+"""What ``python -m mesh.topic_docs --write`` writes: ``docs/protocol.md`` and ``docs/asyncapi.yaml``.
 
 Both come from the topic table, the message classes and example messages that went through the codec, so
 they cannot say anything the program does not. Only the prose between is written by hand, here.
@@ -8,6 +8,7 @@ they cannot say anything the program does not. Only the prose between is written
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from mesh import messages as m
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
-from mesh.topics import BASE, INBOX, REPLY, TABLE, Topic
+from mesh.topics import BASE, INBOX, REPLY, TABLE, Topic, access_list
 from mesh.units import bytes_text
 from mesh.wire import (
     FRAME_BYTES_MAX,
@@ -151,7 +152,7 @@ STATEMENTS: tuple[str, ...] = (
 _HEAD = """\
 # The MQTT protocol of edgemesh
 
-<!-- Written by `python -m mesh.topics --write` from mesh/topics.py and mesh/messages. Do not edit. -->
+<!-- Written by `python -m mesh.topic_docs --write` from mesh/topics.py and mesh/messages. Do not edit. -->
 
 Everything a mesh says goes over one MQTT broker, and everything a person or a program may want from it can be
 had with plain `mosquitto_pub` and `mosquitto_sub`. This page is for them. Between nodes the same broker carries
@@ -389,9 +390,7 @@ def asyncapi() -> str:
             "schemas": _schemas(),
         },
     }
-    head = (
-        "# Written by `python -m mesh.topics --write` from mesh/topics.py and mesh/messages. Do not edit.\n"
-    )
+    head = "# Written by `python -m mesh.topic_docs --write` from mesh/topics.py and mesh/messages. Do not edit.\n"
     return head + _yaml(document)
 
 
@@ -521,3 +520,21 @@ def write(docs: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return list(files)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mesh.topic_docs", description="What the topic table says."
+    )
+    parser.add_argument("--write", action="store_true", help="write docs/protocol.md and docs/asyncapi.yaml")
+    parser.add_argument("--access-list", metavar="MESH", help="print a Mosquitto access list for this mesh")
+    arguments = parser.parse_args()
+    if arguments.access_list:
+        print(access_list(MeshName(arguments.access_list)), end="")
+    if arguments.write:
+        for path in write(Path(__file__).parents[1] / "docs"):
+            print(f"wrote docs/{path.name}")
+
+
+if __name__ == "__main__":
+    _main()

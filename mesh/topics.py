@@ -1,7 +1,7 @@
 """The topic table: a topic that is not here does not exist.
 
 From it come the names and filters the bus uses, the broker's access list, and ``docs/protocol.md`` and
-``docs/asyncapi.yaml`` (``python -m mesh.topics --write``; a test checks that they are current).
+``docs/asyncapi.yaml`` (``python -m mesh.topic_docs --write``; a test checks that they are current).
 
 Every node writes only below its own id, so the broker's access list proves who sent a message; the
 exceptions are the coordinator's record and the task topics, which carry an epoch instead.
@@ -9,9 +9,7 @@ exceptions are the coordinator's record and the task topics, which carry an epoc
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from mesh import messages as m
@@ -157,21 +155,3 @@ def access_list(mesh: MeshName) -> str:
         f"pattern readwrite {everywhere}/client/#",
     ]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mesh.topics", description="What the topic table says.")
-    parser.add_argument("--write", action="store_true", help="write docs/protocol.md and docs/asyncapi.yaml")
-    parser.add_argument("--access-list", metavar="MESH", help="print a Mosquitto access list for this mesh")
-    arguments = parser.parse_args()
-    if arguments.access_list:
-        print(access_list(MeshName(arguments.access_list)), end="")
-    if arguments.write:
-        from mesh.topic_docs import write  # which reads this table
-
-        for path in write(Path(__file__).parents[1] / "docs"):
-            print(f"wrote docs/{path.name}")
-
-
-if __name__ == "__main__":
-    _main()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.facts import DrainChanged, EngineLost, EngineReady, StartAttempt, StopAttempt
 from coordinator.stack import Cores, build_cores
-from mesh.broker import BrokerSettings
+from mesh.brokers.contract import BrokerSettings
 from mesh.bus import Heard
 from mesh.core import Fact
 from mesh.discovery import Advert, Discovery, Gone, Sighting

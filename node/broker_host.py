@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from mesh.broker import BrokerSettings, RunningBroker, start_broker
+from mesh.broker import start_broker
+from mesh.brokers.contract import BrokerSettings, RunningBroker
 from mesh.core import Fact
 from mesh.errors import EdgemeshError
 from mesh.facts import BrokerFailed, BrokerHosted, BrokerRef

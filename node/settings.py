@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
 from mesh.ids import MeshName, is_id
+from node.state import DEFAULT_MESH, default_config_file, default_state_dir
 
 __all__ = [
-    "DEFAULT_MESH",
     "TABLE",
     "HostPort",
     "Loaded",
@@ -44,7 +44,6 @@ SEED_PORT = 8470
 """``mesh.streams.DEFAULT_PORT``, without importing that module's HTTP library into every command."""
 TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
-DEFAULT_MESH = MeshName("home")
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -336,8 +335,6 @@ def read_settings(
     Raises:
         ConfigError: As ``load_settings``, or the file cannot be read.
     """
-    from node.state import default_config_file, default_state_dir
-
     named = config or (Path(environ[CONFIG_VARIABLE]).expanduser() if environ.get(CONFIG_VARIABLE) else None)
     path = named or default_config_file()
     try:

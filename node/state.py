@@ -34,13 +34,13 @@ from platformdirs import user_config_path, user_state_path
 from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId, is_id, new_node_id
-from node.settings import DEFAULT_MESH
 
 if TYPE_CHECKING:
     from mesh.identity import Identity, MeshKey
 
-__all__ = ["KnownBroker", "NodeSlot", "StateDir", "default_config_file", "default_state_dir"]
+__all__ = ["DEFAULT_MESH", "KnownBroker", "NodeSlot", "StateDir", "default_config_file", "default_state_dir"]
 
+DEFAULT_MESH = MeshName("home")
 SLOTS_MAX = 256  # nodes of one mesh on one machine; a laptop runs out of memory long before
 RECORD_BYTES_MAX = 64 * 1024  # the largest is broker.json with 16 addresses, under 1 KiB
 

@@ -54,7 +54,8 @@ from amqtt.plugins import manager as amqtt_plugins
 from amqtt.session import Session
 from amqtt.utils import gen_client_id
 
-from mesh.broker import (
+from mesh.brokers.access import AccessList, Right, anonymous_lines, matches
+from mesh.brokers.contract import (
     CLIENTS_MAX,
     INFLIGHT_MAX,
     PACKET_BYTES_MAX,
@@ -64,7 +65,6 @@ from mesh.broker import (
     BrokerSettings,
     BrokerStartError,
 )
-from mesh.brokers.access import AccessList, Right, anonymous_lines, matches
 from mesh.identity import peer_name
 
 __all__ = ["start_amqtt"]

@@ -22,7 +22,8 @@ from logging import DEBUG, ERROR, INFO, getLogger
 from pathlib import Path
 from typing import Any
 
-from mesh.broker import (
+from mesh.brokers.access import AccessList, anonymous_lines
+from mesh.brokers.contract import (
     CLIENTS_MAX,
     INFLIGHT_MAX,
     PACKET_BYTES_MAX,
@@ -32,7 +33,6 @@ from mesh.broker import (
     BrokerSettings,
     BrokerStartError,
 )
-from mesh.brokers.access import AccessList, anonymous_lines
 from mesh.brokers.probe import accepts_clients
 
 __all__ = ["start_mosquitto"]

@@ -25,18 +25,17 @@ import aiomqtt
 import psutil
 import pytest
 
-from mesh.broker import (
+from mesh.broker import mosquitto_path, start_broker
+from mesh.brokers import mosquitto_broker
+from mesh.brokers.access import AccessList, anonymous_lines, matches
+from mesh.brokers.contract import (
     PACKET_BYTES_MAX,
     QUEUED_MAX,
     BrokerKind,
     BrokerSettings,
     BrokerStartError,
     RunningBroker,
-    mosquitto_path,
-    start_broker,
 )
-from mesh.brokers import mosquitto_broker
-from mesh.brokers.access import AccessList, anonymous_lines, matches
 from mesh.brokers.probe import accepts_clients
 from mesh.errors import ConfigError
 from mesh.identity import Identity, MeshKey, issue, wrong_key

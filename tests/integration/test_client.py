@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mesh.broker import BrokerSettings, RunningBroker, start_broker
+from mesh.broker import start_broker
+from mesh.brokers.contract import BrokerSettings, RunningBroker
 from mesh.bus import Heard
 from mesh.errors import UnreachableError, WrongKeyError
 from mesh.facts import BrokerRef, LinkUp

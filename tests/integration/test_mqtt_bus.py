@@ -19,7 +19,8 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from mesh.broker import BrokerSettings, start_broker
+from mesh.broker import start_broker
+from mesh.brokers.contract import BrokerSettings
 from mesh.bus import Heard
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.identity import MeshKey, issue

@@ -182,7 +182,7 @@ def test_members_speak_under_their_own_name_only() -> None:
 @pytest.mark.parametrize(("name", "made"), [("protocol.md", protocol_markdown), ("asyncapi.yaml", asyncapi)])
 def test_the_committed_documents_are_what_the_table_says(name: str, made: object) -> None:
     assert callable(made)
-    assert (DOCS / name).read_text(encoding="utf-8") == made(), "run: python -m mesh.topics --write"
+    assert (DOCS / name).read_text(encoding="utf-8") == made(), "run: python -m mesh.topic_docs --write"
 
 
 def test_the_documents_name_every_topic_message_and_field_a_client_meets() -> None:
