@@ -544,6 +544,8 @@ def will_of(core: Core) -> NodeState | None:
 
 
 def seeds(n: int, first: int = 0) -> Sequence[int]:
-    """``n`` seeds, or the one in ``EDGEMESH_SIM_SEED``."""
+    """``n`` seeds from ``first`` on; with ``EDGEMESH_SIM_SEED`` that one alone, in the first block."""
     one = os.environ.get("EDGEMESH_SIM_SEED")
-    return [int(one)] if one else range(first, first + n)
+    if one:
+        return [int(one)] if first == 0 else []
+    return range(first, first + n)
