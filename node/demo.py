@@ -68,8 +68,12 @@ class _Paper:
     def piece(self, text: str) -> None:
         print(text.replace("\n", "\n          "), end="", flush=True)
 
-    def end(self, text: str) -> None:
-        print(f"\n          {self._styled('2', text)}", flush=True)
+    def aside(self, text: str) -> None:
+        print(self._styled("2", text), end="", flush=True)
+
+    def end(self, text: str, *, goes_on: bool = False) -> None:
+        more = "\n          " if goes_on else "\n"
+        print(f"\n          {self._styled('2', text)}", end=more, flush=True)
 
 
 def run_demo(state_dir: Path, model: str, *, keep: bool = False) -> int:
@@ -164,8 +168,7 @@ async def _ask(
             match news:
                 case TaskTokens():
                     if attempt and news.attempt != attempt:
-                        paper.end(f"attempt {news.attempt} starts over on another node:")
-                        paper.piece("          ")
+                        paper.end(f"attempt {news.attempt} starts over on another node:", goes_on=True)
                     attempt = news.attempt
                     began_at = began_at or time.monotonic()
                     paper.piece(news.text)
@@ -180,6 +183,8 @@ async def _ask(
                     return _Answer(news.node, news.attempt, news.n_tokens)
                 case TaskResult():
                     raise TaskError(f"the question ended as {news.state}: {news.reason}")
+                case TaskStatus(state="running", node=node):
+                    paper.aside(f"{node} answers: ")
                 case TaskStatus():
                     pass
     raise TaskError("the question was not answered")
@@ -194,7 +199,7 @@ async def _pull_the_plug(mesh: LocalMesh, settings: Settings, paper: _Paper) -> 
     await asyncio.wait({asking, asyncio.create_task(began.wait())}, return_when=asyncio.FIRST_COMPLETED)
     killed_at = time.monotonic()
     await coordinator.kill()
-    paper.end(f"kill -9 {coordinator.pid}   ({coordinator.id} is gone)")
+    paper.end(f"kill -9 {coordinator.pid}   ({coordinator.id} is gone)", goes_on=True)
     answer = await asking
     successor, elected = await _first_elected(marks)
     paper.line(
