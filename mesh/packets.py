@@ -21,7 +21,9 @@ from mesh.ids import MeshName, NodeId, TaskId, is_id
 from mesh.messages import (
     CancelTask,
     LeaseRecord,
+    NodeForgotten,
     Submit,
+    TaskForgotten,
     TaskReply,
     TaskResult,
     TaskStatus,
@@ -36,6 +38,7 @@ from mesh.topics import (
     METRICS,
     REPLY,
     STATE,
+    STATUS,
     SUBMIT,
     TABLE,
     Topic,
@@ -121,7 +124,9 @@ def outgoing(message: Message, *, mesh: MeshName, me: NodeId, to: NodeId | None 
 
 
 def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> Heard | None:
-    """The message in a packet that arrived; ``None`` for a retained topic being cleared.
+    """The message in a packet that arrived; ``None`` for one that says nothing.
+
+    A cleared topic says that its node or task is forgotten, once: by the first of its topics.
 
     Raises:
         DecodeError: It is no message of this mesh, or its sender claims to be another node.
@@ -142,7 +147,9 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
     if row is REPLY:
         return Heard(_read_reply(packet), CLIENT)
     if row.retain and not packet.payload:
-        return None
+        if row is STATE:
+            return Heard(NodeForgotten(node=NodeId(ids["node"])), NodeId(ids["node"]))
+        return Heard(TaskForgotten(task=TaskId(ids["task"])), CLIENT) if row is STATUS else None
     if row is INBOX:
         command = wire.MESH.decode(packet.payload)
         if type(command) not in row.payload:

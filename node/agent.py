@@ -48,7 +48,7 @@ from mesh.identity import MeshKey
 from mesh.ids import NodeId, new_boot
 from mesh.interfaces import local_addresses
 from mesh.journal import Journal
-from mesh.messages import NodeInfo, NodeReport, NodeState, PeerHello
+from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeState, PeerHello
 from mesh.messages.node import ADDRESSES_MAX
 from mesh.mqtt import MqttBus
 from mesh.packets import node_filters
@@ -287,7 +287,7 @@ class Agent:
                     await self._worker.stop()
                 self._driver.learn(Leaving())
                 await self._driver.settled()
-                await self.bus.close()
+                await self.bus.close(farewell=[NodeForgotten(node=self.node)])
         except TimeoutError:
             log.warning("the broker did not take our goodbye in time; the others will notice by themselves")
         hosted = self.cores.hosting.hosted

@@ -122,6 +122,8 @@ async def test_a_node_that_leaves_hands_its_work_over_and_is_not_missed(tmp_path
             assert gone
         assert await left.stop() == 0
         assert (await mesh.run("run", "still here"))[1].strip() == "still here"
+        nodes = (await mesh.run("nodes", "--json"))[1]
+        assert left.id not in nodes, "what it had retained is cleared"
 
 
 async def test_nothing_a_node_logs_contains_the_code(tmp_path: Path) -> None:
