@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -63,6 +61,7 @@ from node.models import DEFAULT_MODEL, resolve
 from node.peers import PROBE_TIMEOUT_S, Peers
 from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
+from node.signals import ending_signals
 from node.state import KnownBroker, NodeSlot, StateDir
 from node.view import View, ViewBuilder
 
@@ -77,7 +76,6 @@ REPORT_EVERY_S = 1.0
 STRANGERS_MAX = 64  # warned of by name; more is somebody playing
 FAREWELL_S = 3.0  # to tell the others goodbye; a broker that hangs must not keep the process
 EXIT_SUPERSEDED = 2  # the operator must act; starting again would not help
-EVERYWHERE = ("0.0.0.0",)
 
 _SUPERSEDED = (
     "another, newer process runs as {node}: a copied or restored state directory? "
@@ -156,7 +154,6 @@ class Agent:
         )
         # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
         rows = [] if settings.headless else [STATUS, STREAM, RESULT, EVENT]
-        ours = identity.client_context()
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,
@@ -166,7 +163,7 @@ class Agent:
                 *(row.filter(settings.mesh) for row in rows),
             ],
             will=lambda: replace(self.cores.membership.state, state="offline"),
-            tls=lambda broker: ours if broker.host is not None else ssl.create_default_context(),
+            tls=identity.broker_context,
         )
         self._view = ViewBuilder(
             mesh=settings.mesh, version=__version__, fingerprint=key.fingerprint, me=self.node
@@ -189,15 +186,12 @@ class Agent:
             settings=BrokerSettings(
                 mesh=settings.mesh,
                 identity=identity,
-                addresses=tuple(local_addresses(settings.interfaces))
-                if settings.interfaces
-                else ("0.0.0.0",),
-                port=0,
                 plain_port=settings.plain_port if settings.plain else None,
                 directory=slot.path / "broker",
                 kind=settings.broker_kind,
                 access_list=access_list(settings.mesh),
             ),
+            listen=self._listen_addresses,
             advertised=lambda: local_addresses(settings.interfaces, link_local=False),
             learn=self._driver.learn,
         )
@@ -243,7 +237,7 @@ class Agent:
             pid=os.getpid(),
         )
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             loop.add_signal_handler(number, self.stop)
         try:
             async with self._server, self._client:
@@ -461,6 +455,13 @@ class Agent:
             if self._draining_to_leave and self.cores.worker.is_idle:
                 self.stop()
             await asyncio.sleep(REPORT_EVERY_S)
+
+    def _listen_addresses(self) -> tuple[str, ...]:
+        """Everywhere, so that a network that comes later is served too; or where the operator said."""
+        here = local_addresses(self._settings.interfaces)
+        if self._settings.interfaces:
+            return here
+        return ("0.0.0.0", "::") if any(":" in address for address in here) else ("0.0.0.0",)
 
     def _addresses(self) -> list[str]:
         return list(local_addresses(self._settings.interfaces, link_local=False))[:ADDRESSES_MAX]

@@ -27,7 +27,8 @@ class BrokerHost:
     """At most one broker at a time. ``learn`` receives ``BrokerHosted`` and ``BrokerFailed``.
 
     Args:
-        settings: What to start, and where.
+        settings: What to start.
+        listen: The addresses to listen on, asked at every start.
         advertised: The addresses peers reach this node by.
     """
 
@@ -36,11 +37,13 @@ class BrokerHost:
         *,
         me: NodeId,
         settings: BrokerSettings,
+        listen: Callable[[], tuple[str, ...]],
         advertised: Callable[[], tuple[str, ...]],
         learn: Callable[[Fact], None],
     ) -> None:
         self._me = me
         self._settings = settings
+        self._listen = listen
         self._advertised = advertised
         self._learn = learn
         self._broker: RunningBroker | None = None
@@ -74,7 +77,7 @@ class BrokerHost:
             await self._stop_now()
 
     async def _start_now(self, epoch: int) -> bool:
-        settings = self._settings
+        settings = replace(self._settings, addresses=self._listen())
         if settings.plain_port == 0 and _is_free(MQTT_PORT):
             settings = replace(settings, plain_port=MQTT_PORT)
         try:

@@ -169,3 +169,14 @@ async def test_two_meshes_of_one_key_become_one_when_the_cable_is_plugged_in(
             assert (exit_code, answer.strip()) == (0, "one mesh now"), talk
         _, out, _ = await first.run("nodes", "--json")
         assert out.count('"is_coordinator": true') == 1 and out.count('"online"') == 2
+
+
+@needs_lan
+async def test_a_network_with_ipv6_link_local_addresses_only_is_enough(lan: Lan, tmp_path: Path) -> None:
+    name = a_name()
+    pi, nano = lan.host("pi"), lan.host("nano")
+    async with machine(pi, tmp_path, name) as first, machine(nano, tmp_path, name) as second:
+        await (await first.start("--new")).wait_for("joined")
+        code = (await first.run("token"))[1].strip()
+        joined = await (await second.start("--code", code)).wait_for("joined")
+        assert joined["coordinator"] == first.nodes[0].id
