@@ -4,6 +4,9 @@ A mesh is whoever holds its 256-bit key. From the key every node derives, by HKD
 *same* certificate authority, and issues a certificate to itself: no enrolment server, no first node that
 must stay. TLS then proves both ends to one another, and the certificate's common name is the node's id.
 
+A *client* (``edgemesh mqtt``) gets a certificate and not the key: it can connect, and cannot pose as a
+node. All clients share one common name that no node can have, and none of them can act as a server.
+
     join code ── key ─┬─ HKDF "fingerprint" ── 16 hex digits, shown in mDNS
                       └─ HKDF "authority"   ── P-256 private key ── certificate authority
                                                                      └── certificate per name (CN)
@@ -38,11 +41,25 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh.errors import ConfigError, WrongKeyError
+from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId, is_id
 
-__all__ = ["Identity", "MeshKey", "issue", "peer_name", "wrong_key"]
+__all__ = [
+    "CLIENT_COMMON_NAME",
+    "Identity",
+    "MeshKey",
+    "issue",
+    "issue_client",
+    "peer_common_name",
+    "peer_name",
+    "wrong_key",
+]
 
 SECRET_BYTES = 32
+
+CLIENT_COMMON_NAME = "+client"
+"""In every client's certificate. No node's id has a ``+``; and brokers grant a name that has one no
+``pattern`` of the access list (it could be a wildcard), only what its own ``user`` section says."""
 
 _PREFIX = "em1"
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -157,6 +174,16 @@ class Identity:
         """For a connection: accepts any member; the caller checks ``peer_name`` if it wants a certain one."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
+    def broker_context(self, broker: BrokerRef) -> ssl.SSLContext:
+        """For a connection to a broker: the mesh's own, or a site's that has a certificate of the mesh.
+
+        A site's broker that wants a user name has an authority of its own: it is trusted like a web site,
+        by the system's authorities and with its host name checked.
+        """
+        if broker.host is None and broker.username is not None:
+            return ssl.create_default_context()
+        return self.client_context()
+
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         # Addresses change with every DHCP lease; what is checked is membership and the common name.
@@ -177,6 +204,19 @@ def issue(key: MeshKey, name: str, directory: Path) -> Identity:
     Raises:
         ConfigError: ``name`` may not be a node id, or the directory cannot be written.
     """
+    return _issue(key, name, name, directory)
+
+
+def issue_client(key: MeshKey, name: str, directory: Path) -> Identity:
+    """As ``issue``, for somebody who may use the mesh and be no part of it. ``name`` is for people.
+
+    Raises:
+        ConfigError: ``name`` may not be an id, or the directory cannot be written.
+    """
+    return _issue(key, name, CLIENT_COMMON_NAME, directory)
+
+
+def _issue(key: MeshKey, name: str, common_name: str, directory: Path) -> Identity:
     if not is_id(name):
         raise ConfigError(f"{name!r} cannot be a name: use 1 to 63 of a-z, 0-9 and '-', not at the ends")
     ca_path, pair_path = directory / "ca.pem", directory / f"{name}.pem"
@@ -185,10 +225,10 @@ def issue(key: MeshKey, name: str, directory: Path) -> Identity:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _is_authority_of(ca_path, key):
             _write_private(ca_path, authority.public_bytes(serialization.Encoding.PEM))
-        if _is_issued(pair_path, name, key):
+        if _is_issued(pair_path, common_name, key):
             pair_path.chmod(0o600)  # a copy or a restored backup may have opened it up
         else:
-            _write_private(pair_path, _issue_pem(key, authority, name))
+            _write_private(pair_path, _issue_pem(key, authority, name, common_name))
     except OSError as error:
         raise ConfigError(
             f"cannot write certificates in {directory} ({error.strerror}): "
@@ -199,14 +239,20 @@ def issue(key: MeshKey, name: str, directory: Path) -> Identity:
 
 def peer_name(ssl_object: ssl.SSLObject | ssl.SSLSocket | None) -> NodeId | None:
     """The id in the verified peer's certificate; ``None`` without TLS, or if the name cannot be an id."""
+    name = peer_common_name(ssl_object)
+    return NodeId(name) if name is not None and is_id(name) else None
+
+
+def peer_common_name(ssl_object: ssl.SSLObject | ssl.SSLSocket | None) -> str | None:
+    """The name in the verified peer's certificate, a node's or ``CLIENT_COMMON_NAME``; else ``None``."""
     certificate = ssl_object.getpeercert() if ssl_object is not None else None
     if not certificate:
         return None
     subject: object = certificate.get("subject", ())
     for part in subject if isinstance(subject, tuple) else ():
         for label, text in part:
-            if label == "commonName" and is_id(text):
-                return NodeId(text)
+            if label == "commonName" and (is_id(text) or text == CLIENT_COMMON_NAME):
+                return str(text)
     return None
 
 
@@ -278,10 +324,13 @@ def _authority_subject(key: MeshKey) -> x509.Name:
     )
 
 
-def _issue_pem(key: MeshKey, authority: x509.Certificate, name: str) -> bytes:
+def _issue_pem(key: MeshKey, authority: x509.Certificate, name: str, common_name: str) -> bytes:
     """A fresh key pair and its certificate, as one PEM text."""
     private = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
+    if common_name != CLIENT_COMMON_NAME:
+        uses.append(ExtendedKeyUsageOID.SERVER_AUTH)  # else a client could pose as the mesh's broker
     authority_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     # Tools that insist on a host name (mosquitto_pub, curl) can be pointed at this machine.
     local_names = x509.SubjectAlternativeName(
@@ -297,7 +346,7 @@ def _issue_pem(key: MeshKey, authority: x509.Certificate, name: str) -> bytes:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(is_authority=False), critical=True)
         .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+            x509.ExtendedKeyUsage(uses),
             critical=False,
         )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), critical=False)
@@ -349,7 +398,7 @@ def _is_authority_of(path: Path, key: MeshKey) -> bool:
     return found.subject == _authority_subject(key) and found.public_key() == key._authority.public_key()
 
 
-def _is_issued(path: Path, name: str, key: MeshKey) -> bool:
+def _is_issued(path: Path, common_name: str, key: MeshKey) -> bool:
     """Whether the file holds a certificate of this name under this authority, with its own private key."""
     try:
         pem = path.read_bytes()
@@ -361,7 +410,9 @@ def _is_issued(path: Path, name: str, key: MeshKey) -> bool:
     except (FileNotFoundError, ValueError, TypeError, InvalidSignature):
         return False  # absent, torn, or of another mesh: issue again
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return [part.value for part in names] == [name] and certificate.public_key() == private.public_key()
+    return [part.value for part in names] == [
+        common_name
+    ] and certificate.public_key() == private.public_key()
 
 
 def _write_private(path: Path, content: bytes) -> None:

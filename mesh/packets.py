@@ -132,6 +132,8 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
         DecodeError: It is no message of this mesh, or its sender claims to be another node.
     """
     row, ids = _row_of(packet.topic, mesh)
+    if packet.retain and not row.retain:
+        return None  # a client had the broker keep it: it was acted upon when it was said, once is enough
     if row is SUBMIT:
         submit = wire.read_submit(
             packet.payload,

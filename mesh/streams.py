@@ -189,6 +189,9 @@ class PeerServer:
     async def _mark_busy(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        transport = request.transport
+        if peer_name(transport.get_extra_info("ssl_object") if transport is not None else None) is None:
+            raise web.HTTPForbidden(text="the data plane is for nodes; clients speak MQTT\n")
         guard = self._guards.get(request.protocol)
         if guard is None:
             return await handler(request)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mesh import messages as m
+from mesh.identity import CLIENT_COMMON_NAME
 from mesh.ids import MeshName
 
 __all__ = ["BASE", "CLEARS", "TABLE", "Topic", "access_list", "topic_of"]
@@ -134,19 +135,27 @@ def access_list(mesh: MeshName) -> str:
     """Who may do what on the mesh's own broker, in Mosquitto's format.
 
     Clients without a certificate (the plain listener on loopback) submit, cancel, and read what is public:
-    JSON, but not what others submitted. Members, whose name is in their certificate (``%u``), speak only
-    below their own id, and hear all but other members' inboxes.
+    JSON, but not what others submitted. Clients with a certificate (``edgemesh mqtt``) may do the same, from
+    anywhere. Members, whose name is in their certificate (``%u``), speak only below their own id, and hear
+    all but other members' inboxes.
     """
     asked = [row for row in TABLE if row.writer == "clients"]
     public = [row for row in TABLE if row.encoding == "json" and row not in (*asked, REPLY)]
     shared = [row for row in TABLE if not row.pattern.startswith("node/") and row is not REPLY]
     everywhere = f"{BASE}/{mesh}"
-    lines = [
-        "# Made from the topic table by mesh.topics. Clients without a certificate (a listener for them gets",
-        "# these lines alone: Mosquitto applies a pattern without %u to clients without a name, too):",
+    for_clients = [
         *(f"topic write {row.filter(mesh)}" for row in asked),
         *(f"topic read {row.filter(mesh)}" for row in public),
         f"topic read {everywhere}/client/#",
+    ]
+    lines = [
+        "# Made from the topic table by mesh.topics. Clients without a certificate (a listener for them gets",
+        "# these lines alone: Mosquitto applies a pattern without %u to clients without a name, too):",
+        *for_clients,
+        "# Clients with a certificate, who all have this name. No pattern below is theirs: Mosquitto applies",
+        "# none to a name with a '+' in it, as that could be a wildcard:",
+        f"user {CLIENT_COMMON_NAME}",
+        *for_clients,
         "# Members of the mesh, by the name in their certificate:",
         f"pattern write {everywhere}/node/%u/#",
         *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS)),

@@ -299,17 +299,22 @@ class StateDir:
 
     # ── clients and models ──────────────────────────────────────────────────────────────────────────
 
-    def client_identity(self, key: MeshKey, name: str) -> Identity:
+    def client_identity(self, key: MeshKey, name: str, *, is_member: bool = True) -> Identity:
         """The certificate of a client called ``name``, issued if it is not there yet.
+
+        Our own commands are members: who runs them can read the key. Whoever is given nothing but a
+        certificate is not (``mesh.identity.issue_client``).
 
         Raises:
             ConfigError: ``name`` cannot be a file name, or the directory cannot be written.
         """
-        from mesh.identity import issue
+        from mesh.identity import issue, issue_client
 
         if not is_id(name):
             raise ConfigError(f"a client's name is 1 to 63 of a-z, 0-9 and '-', not at an end; got {name!r}")
-        return issue(key, name, self._mesh(key.name) / "clients" / name)
+        if is_member:
+            return issue(key, name, self._mesh(key.name) / "clients" / name)
+        return issue_client(key, name, self._mesh(key.name) / "shell" / name)
 
     @property
     def models_dir(self) -> Path:

@@ -2,7 +2,8 @@
 
     topic [read|write|readwrite|deny] FILTER     before any ``user`` line: for clients without a name
     user NAME                                    the ``topic`` lines below are for that name only
-    pattern [read|write|readwrite|deny] FILTER   for every name; %u is the name, %c the client id
+    pattern [read|write|readwrite|deny] FILTER   for every name that has no + or # in it; %u is the name,
+                                                 %c the client id
 
 What counts is checked per message, at publish and at delivery; a subscription is always granted and then
 delivers what the list allows. That is what Mosquitto 2.0 does, and it lets ``#`` mean "all I may see".
@@ -64,12 +65,11 @@ class AccessList:
     def allows(self, name: str | None, client: str, right: Right, topic: str) -> bool:
         """Whether the client called ``name`` (``None``: anonymous) may ``right`` the ``topic``."""
         own = self._anonymous if name is None else self._users.get(name, [])
-        # A name with a wildcard in it would turn its pattern into everybody's.
-        if any(letter in text for text in (name or "", client) for letter in "+#"):
-            return False
         # "/" in a client id would reach into other levels; Mosquitto allows it only where %c is not used.
         verdicts = [line for line in own if line.says(right, topic, line.filter)]
-        for line in self._patterns:
+        # A name with a wildcard in it would turn its pattern into everybody's.
+        is_wild = any(letter in text for text in (name or "", client) for letter in "+#")
+        for line in self._patterns if not is_wild else []:
             if (name is None and "%u" in line.filter) or ("/" in client and "%c" in line.filter):
                 continue
             if line.says(right, topic, line.filter.replace("%c", client).replace("%u", name or "")):

@@ -65,7 +65,7 @@ from mesh.brokers.contract import (
     BrokerSettings,
     BrokerStartError,
 )
-from mesh.identity import peer_name
+from mesh.identity import CLIENT_COMMON_NAME, peer_common_name
 
 __all__ = ["start_amqtt"]
 
@@ -400,9 +400,9 @@ class _Router(Broker):  # type: ignore[misc]
         # For clients without an MQTT keepalive. (TCP_NODELAY is set by asyncio on every connection.)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         tls = writer.get_extra_info("ssl_object")
-        name = peer_name(tls)
+        name = peer_common_name(tls)
         if tls is not None and name is None:
-            raise ValueError("a certificate without a name that can be an id")
+            raise ValueError("a certificate with neither a node's name nor a client's")
         packets = _Whole(reader)
         async with asyncio.timeout(_GREETING_S):
             await packets.next_packet(only=CONNECT)
@@ -473,7 +473,8 @@ class _Router(Broker):  # type: ignore[misc]
         if not self._allows(sender, "write", topic):
             _log.debug("broker_denied client=%s topic=%s", sender.client_id, topic)
             return
-        if retain:
+        # What is no member's is not kept: with topics of its choice it would push out the members' records.
+        if retain and sender.name not in (None, CLIENT_COMMON_NAME):
             self._retain(topic, data, qos)
         wanted: dict[str, int] = {}
         for filter_, subscriptions in self._subscriptions.items():

@@ -85,7 +85,7 @@ def _tls_arguments(broker: KnownBroker, identity: Identity, *, is_here: bool) ->
 
 
 @click.command()
-@click.option("--name", default="shell", show_default=True, help="Name in the certificate.")
+@click.option("--name", default="shell", show_default=True, help="Name of the certificate's files.")
 @as_json
 @settings_flags(*REACH)
 def mqtt(name: str, is_json: bool, **flags: Any) -> None:
@@ -104,9 +104,13 @@ def mqtt(name: str, is_json: bool, **flags: Any) -> None:
     user = ["-u", broker.ref.username] if broker.ref.username else []  # the password is for the reader to add
     is_here = broker.ref.host in chosen.state.nodes_here(mesh)
     if broker.ref.tls:
-        identity = chosen.state.client_identity(known_key(chosen.settings, chosen.state), name)
+        identity = chosen.state.client_identity(
+            known_key(chosen.settings, chosen.state), name, is_member=False
+        )
         record |= _files(identity)
-        note = f"TLS, as client '{name}' (copy its files to use them elsewhere)"
+        note = (
+            f"TLS, as client '{name}' (copy its files to use them elsewhere: they let in, and are no member)"
+        )
         arguments = [*_tls_arguments(broker, identity, is_here=is_here), *user]
         ways.append(("tls", note, shell_lines(mesh, arguments)))
     else:

@@ -38,7 +38,7 @@ from mesh.brokers.contract import (
 )
 from mesh.brokers.probe import accepts_clients
 from mesh.errors import ConfigError
-from mesh.identity import Identity, MeshKey, issue, wrong_key
+from mesh.identity import Identity, MeshKey, issue, issue_client, wrong_key
 from mesh.ids import MeshName
 from mesh.topics import access_list
 
@@ -230,6 +230,43 @@ async def test_a_node_reads_its_own_inbox_only(broker: RunningBroker, tmp_path: 
         await a.publish(f"{ROOT}/node/a/to/c", "not for b", qos=1)
         await a.publish(f"{ROOT}/node/a/to/b", "for b", qos=1)
         assert (await heard(b))[1] == b"for b"
+
+
+async def test_a_client_with_a_certificate_may_ask_and_is_no_member(kind: BrokerKind, tmp_path: Path) -> None:
+    """What ``edgemesh mqtt`` issues may be copied to a sensor: it must not let the sensor coordinate."""
+    shell = issue_client(KEY, "shell", tmp_path / "shell")
+    forged = [
+        f"{ROOT}/coordinator",
+        f"{ROOT}/task/t/status",
+        f"{ROOT}/task/t/result",
+        f"{ROOT}/task/t/stream",
+        f"{ROOT}/client/me",
+        f"{ROOT}/event",
+        *(f"{ROOT}/node/{name}/{what}" for name in ("a", "shell") for what in ("state", "to/a")),
+    ]
+    running = await start_broker(settings(kind, tmp_path, access_list=access_list(KEY.name)))
+    try:
+        async with node(running, tmp_path, "a") as a, member(running, shell, identifier="x") as client:
+            await a.subscribe("#", qos=1)
+            await client.subscribe("#", qos=1)
+            for topic in forged:
+                await client.publish(topic, b"forged", qos=1, retain=True)
+            await client.publish(f"{ROOT}/task/submit", b"asked", qos=1)
+            assert (await heard(a))[:2] == (f"{ROOT}/task/submit", b"asked")
+            await a.publish(f"{ROOT}/task/t/result", b"public", qos=1)
+            await a.publish(f"{ROOT}/node/a/to/b", b"private", qos=1)
+            await a.publish(f"{ROOT}/node/a/state", b"online", qos=1)
+            assert (await heard(client))[1] == b"public"
+            assert (await heard(client))[1] == b"online"
+    finally:
+        await running.stop()
+
+
+async def test_a_client_s_certificate_makes_no_server(tmp_path: Path) -> None:
+    """Or whoever was given one could take a dead broker's address and hear all that the nodes say."""
+    shell = issue_client(KEY, "shell", tmp_path / "shell")
+    with pytest.raises(BrokerStartError):  # it asks itself for a connection first, as a node would
+        await start_broker(settings("mosquitto" if mosquitto_path() else "amqtt", tmp_path, identity=shell))
 
 
 async def test_a_last_will_obeys_the_access_list(broker: RunningBroker, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mesh import streams
 from mesh.errors import ConfigError, DecodeError, UnreachableError, WrongKeyError
-from mesh.identity import Identity, MeshKey, issue
+from mesh.identity import Identity, MeshKey, issue, issue_client
 from mesh.ids import Boot, NodeId
 from mesh.messages import PeerHello
 from mesh.streams import DEFAULT_PORT, PeerClient, PeerServer
@@ -63,6 +63,16 @@ async def test_a_member_hears_who_the_node_is(home: Callable[[str], Identity], c
     async with server_of(home("pi")) as server:
         assert await client.hello("127.0.0.1", server.port, 5) == hello_of("pi")
         assert await client.hello("localhost", server.port, 5) == hello_of("pi")  # a seed may be a name
+
+
+async def test_a_client_is_no_node_and_gets_nothing_here(
+    home: Callable[[str], Identity], tmp_path: Path
+) -> None:
+    """``edgemesh mqtt`` gives its certificates away; the data plane is for members."""
+    shell = issue_client(MeshKey.create("home", bytes(range(32))), "shell", tmp_path)
+    async with server_of(home("pi")) as server, PeerClient(shell.client_context()) as client:
+        with pytest.raises(UnreachableError, match="403"):
+            await client.hello("127.0.0.1", server.port, 5)
 
 
 async def test_who_asks_the_wrong_mesh_learns_that_the_key_is_wrong(

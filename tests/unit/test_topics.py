@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from mesh import messages as m
 from mesh.brokers.access import AccessList, anonymous_lines
 from mesh.bus import Heard
 from mesh.errors import DecodeError
+from mesh.identity import CLIENT_COMMON_NAME
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId, is_id
 from mesh.packets import CLIENT, Packet, node_filters, outgoing, read
 from mesh.topic_docs import STATEMENTS, asyncapi, protocol_markdown
@@ -110,11 +111,25 @@ def _row_name(kind: type) -> str:
     return next((row.name for row in TABLE if kind in row.payload), "")
 
 
-def test_a_cleared_topic_is_no_message() -> None:
+def test_a_cleared_topic_says_once_that_its_node_or_task_is_forgotten() -> None:
+    said = {}
     for row in TABLE:
         if row.retain:
             topic = row.topic(HOME, node="a", task="t-1")
-            assert read(Packet(topic=topic, payload=b"", qos=1, retain=True), mesh=HOME) is None
+            heard = read(Packet(topic=topic, payload=b"", qos=1, retain=True), mesh=HOME)
+            said[row.name] = heard and heard.message
+    assert {name: message for name, message in said.items() if message} == {
+        "STATE": m.NodeForgotten(node=A),
+        "STATUS": m.TaskForgotten(task=TaskId("t-1")),
+    }
+
+
+def test_what_a_client_had_retained_is_not_said_again_at_every_connect() -> None:
+    """``mosquitto_pub -r`` to a topic that is not for keeping: a broker would repeat it to every newcomer."""
+    for topic, payload in (("task/submit", b'{"prompt": "hi"}'), ("task/t-1/cancel", b"x")):
+        packet = Packet(topic=f"edgemesh/home/{topic}", payload=payload, qos=1)
+        assert read(packet, mesh=HOME) is not None
+        assert read(replace(packet, retain=True), mesh=HOME) is None
 
 
 def test_a_forgotten_task_clears_all_that_was_retained_of_it() -> None:
@@ -163,6 +178,14 @@ def test_strangers_ask_and_read_what_is_public() -> None:
     assert STRANGERS.allows(None, "x", "read", "edgemesh/home/client/me")
     assert not STRANGERS.allows(None, "x", "write", "edgemesh/home/client/me")
     assert not STRANGERS.allows(None, "x", "read", "edgemesh/other/coordinator")
+
+
+def test_clients_with_a_certificate_may_do_what_strangers_may_and_no_more() -> None:
+    for right in ("read", "write"):
+        assert _rows(MEMBERS, CLIENT_COMMON_NAME, right) == _rows(STRANGERS, None, right)
+    assert MEMBERS.allows(CLIENT_COMMON_NAME, "x", "read", "edgemesh/home/client/me")
+    for topic in ("client/me", f"node/{CLIENT_COMMON_NAME}/state", f"node/{CLIENT_COMMON_NAME}/to/a"):
+        assert not MEMBERS.allows(CLIENT_COMMON_NAME, "x", "write", f"edgemesh/home/{topic}")
 
 
 def test_members_speak_under_their_own_name_only() -> None:
