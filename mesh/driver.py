@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 # One turn's share: enough to group a burst into one fsync, small enough that a beat never waits long.
 TURN_INPUTS_MAX = 64
-# Inputs waiting for a turn. The bus stops reading at this depth, so the broker holds the rest.
+# Inputs waiting for a turn, and how many of them may come from the bus; beyond, the broker holds the rest.
+# Whoever floods the mesh while a disk is slow must not take the room of this process's own facts.
 QUEUE_MAX = 4096
+HEARD_MAX = QUEUE_MAX // 2
 
 
 class Records(Protocol):
@@ -73,6 +75,7 @@ class Driver:
         self._now = now
         self._is_mute = False
         self._inputs: asyncio.Queue[Heard | Fact] = asyncio.Queue(QUEUE_MAX)
+        self._room = asyncio.Semaphore(HEARD_MAX)
 
     def learn(self, fact: Fact) -> None:
         """Tell the cores something happened. Returns at once; the cores take it in turn.
@@ -94,14 +97,19 @@ class Driver:
 
     async def _listen(self) -> None:
         while True:
-            await self._inputs.put(await self._bus.next())
+            event = await self._bus.next()
+            if isinstance(event, Heard):
+                await self._room.acquire()
+            await self._inputs.put(event)
 
     async def _take_turns(self) -> None:
         while True:
             inputs = await self._next_inputs()
             await self._carry_out(self._step(inputs))
-            for _ in inputs:
+            for one in inputs:
                 self._inputs.task_done()
+                if isinstance(one, Heard):
+                    self._room.release()
 
     async def _next_inputs(self) -> list[Heard | Fact]:
         """Wait for the first input or for the cores' own time, then take all that is there."""

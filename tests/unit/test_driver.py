@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -11,7 +12,7 @@ import pytest
 
 from mesh.bus import Heard
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
-from mesh.driver import Driver
+from mesh.driver import HEARD_MAX, QUEUE_MAX, Driver
 from mesh.ids import NodeId
 from mesh.journal import JournalError
 
@@ -151,3 +152,29 @@ async def test_a_core_that_raises_ends_the_driver() -> None:
     with pytest.raises(ExceptionGroup, match="unhandled"):
         async with asyncio.timeout(5):
             await driver.run()
+
+
+async def test_a_flood_from_the_bus_leaves_room_for_the_facts_of_this_process() -> None:
+    """While the disk is busy: a full queue would end the process with the next fact it learns."""
+    world = World()
+    core = Script(lambda m: [Save("x", m)])
+    durable_commit, is_stuck, may_go_on = world.commit, threading.Event(), threading.Event()
+
+    def slow() -> None:
+        is_stuck.set()
+        may_go_on.wait(10)
+        durable_commit()
+
+    world.commit = slow  # type: ignore[method-assign]
+    async with driving(core, world) as driver:
+        for k in range(2 * QUEUE_MAX):
+            world.inbox.put_nowait(heard(k))
+        await asyncio.to_thread(is_stuck.wait, 10)
+        for _ in range(2 * QUEUE_MAX):  # as much as it takes from the bus
+            await asyncio.sleep(0)
+        for k in range(HEARD_MAX):
+            driver.learn(f"fact {k}")
+        may_go_on.set()
+        async with asyncio.timeout(20):
+            await driver.settled()
+    assert f"fact {HEARD_MAX - 1}" in core.calls
