@@ -83,7 +83,7 @@ async def find_broker(settings: Settings, state: StateDir) -> KnownBroker:
         UnreachableError: Nobody answers; the text says how to start or reach a mesh.
     """
     if settings.broker is not None:
-        if not await _answers(settings.broker, None):
+        if not await _answers(settings.broker, _site_identity(settings, state)):
             where = broker_text(settings.broker)
             raise UnreachableError(f"nobody answers at {where}: is that broker running, and its port open?")
         return KnownBroker(settings.broker)
@@ -105,13 +105,23 @@ async def find_broker(settings: Settings, state: StateDir) -> KnownBroker:
         await asyncio.sleep(SEARCH_PAUSE_S)
 
 
+def _site_identity(settings: Settings, state: StateDir) -> Identity | None:
+    """This machine's, unless there is no key here, or the site's broker trusts by user name."""
+    if settings.broker is None or settings.broker.username is not None:
+        return None
+    try:
+        return state.client_identity(known_key(settings, state), CLIENT_NAME)
+    except ConfigError:
+        return None
+
+
 async def _answers(broker: BrokerRef, identity: Identity | None) -> bool:
-    """Whether one of its addresses takes connections and, on a broker of the mesh, shows its certificate.
+    """Whether one of its addresses takes connections and, given an ``identity``, are of its mesh.
 
     Raises:
         WrongKeyError: It answers, and is of another mesh.
     """
-    context = identity.client_context() if identity is not None and broker.tls and broker.host else None
+    context = identity.client_context() if identity is not None and broker.tls else None
     tries = [asyncio.create_task(_knock(address, broker.port, context)) for address in broker.addresses]
     refusal: WrongKeyError | None = None
     try:
@@ -271,19 +281,14 @@ async def connected(
         ConfigError, WrongKeyError, UnreachableError: As ``find_broker``.
     """
     known = await find_broker(settings, state)
-    contexts: dict[str, ssl.SSLContext] = {}
 
     def tls(broker: BrokerRef) -> ssl.SSLContext:
-        if not contexts:
-            try:
-                identity = state.client_identity(known_key(settings, state), CLIENT_NAME)
-                # The site's own broker has a certificate of the mesh as well, see deploy/mosquitto.
-                contexts["mesh"] = identity.client_context()
-            except ConfigError:
-                if broker.host is not None:
-                    raise
-                contexts["mesh"] = ssl.create_default_context()  # no key: trusted like a web site
-        return contexts["mesh"]
+        try:
+            return state.client_identity(known_key(settings, state), CLIENT_NAME).broker_context(broker)
+        except ConfigError:
+            if broker.host is not None:
+                raise
+            return ssl.create_default_context()  # no key: trusted like a web site
 
     bus = MqttBus(
         mesh=settings.mesh,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ for family in (node_life, ask, look, invite, configure, show):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Never raises for an operator's mistake."""
+    os.umask(os.umask(0o077) | 0o077)  # keys, prompts and answers: whatever we create is this user's alone
     try:
         cli.main(args=list(argv) if argv is not None else None, prog_name="edgemesh")
     except SystemExit as end:
