@@ -84,7 +84,7 @@ def best_device() -> str:
 
 def load_backbone(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
     """The weights in ``directory``, by our own pass where it fits the architecture."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if LlamaBackbone.can_run(config):
         return LlamaBackbone(directory, config, device, dtype)
     return GenericBackbone(directory, device, dtype)
@@ -269,7 +269,9 @@ class GenericBackbone:
 
     def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
         self.device = device
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
         self._model.to(device).eval()
         longest = getattr(self._model.config, "max_position_embeddings", None) or CONTEXT_TOKENS_MAX
         self.context_tokens = min(longest, CONTEXT_TOKENS_MAX)

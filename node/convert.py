@@ -44,8 +44,10 @@ def convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -
 
 
 def _from_gguf(gguf: Path) -> tuple[Any, Any]:
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # A model read from GGUF refuses to be saved, because its config says it is quantized. Its weights
     # are plain by now: the same weights in a model built from the plain config may be saved.
     if hasattr(read.config, "quantization_config"):
@@ -59,8 +61,10 @@ def _from_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 def _from_hub(name: str) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-    return model, AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -47,7 +47,9 @@ class Tokens:
     """The model's tokenizer, chat template and end tokens."""
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         self.ends: frozenset[int] = _end_tokens(directory, self._tokenizer)
 
     def encode(self, submit: Submit) -> list[int]:
