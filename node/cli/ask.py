@@ -186,7 +186,7 @@ async def _submit(chosen: Chosen, request: Submit, *, wait: bool, is_json: bool)
             f"the task {request.id} ended without a word: `edgemesh tasks {request.id}` may know more"
         )
     if wait and isinstance(final, TaskResult) and not is_json:
-        click.echo(final.text)
+        _put(f"{final.text}\n")
     elif not wait and not is_json and state_code(final.state) == 0:
         click.echo(request.id)  # the same task was done before
     return _end(final, is_json=is_json)
@@ -218,19 +218,22 @@ def _without_a_word(request: Submit) -> TaskError:
 
 def _put(text: str) -> None:
     if text:
-        if sys.stdout.isatty():  # what a model says must not steer the terminal; a file gets every byte
-            text = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
-        sys.stdout.write(text)
+        sys.stdout.write(_harmless(text) if sys.stdout.isatty() else text)  # a file gets every byte
         sys.stdout.flush()
+
+
+def _harmless(text: str) -> str:
+    """Without what would steer a terminal: models say what they are told to, and reasons quote clients."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 def _tell(status: TaskStatus) -> None:
     """One line of talk per change that people care about."""
     if status.node is not None and status.state == "running":
         again = f" (attempt {status.attempt})" if status.attempt > 1 else ""
-        click.secho(f"{status.node} answers{again}", err=True, dim=True)
+        click.secho(_harmless(f"{status.node} answers{again}"), err=True, dim=True)
     elif status.state == "queued" and status.reason:
-        click.secho(f"queued: {status.reason}", err=True, dim=True)
+        click.secho(_harmless(f"queued: {status.reason}"), err=True, dim=True)
 
 
 def _end(final: TaskStatus | TaskResult, *, is_json: bool) -> int:
@@ -242,7 +245,8 @@ def _end(final: TaskStatus | TaskResult, *, is_json: bool) -> int:
     if final.state == "done" and isinstance(final, TaskResult):
         click.secho(_figures(final), err=True, dim=True)
     elif final.state != "done":
-        click.echo(f"edgemesh: {final.state}: {final.reason or 'no reason was given'}", err=True)
+        reason = _harmless(final.reason or "no reason was given")
+        click.echo(f"edgemesh: {final.state}: {reason}", err=True)
     return state_code(final.state)
 
 
@@ -254,7 +258,7 @@ def _figures(result: TaskResult) -> str:
     parts = [f"{result.n_tokens} tokens", f"{rate:.1f} tok/s"]
     if result.ttft_s is not None:
         parts.append(f"first after {seconds_text(result.queue_s + result.ttft_s)}")
-    return f"{' · '.join(parts)} · on {result.node or '?'}"
+    return _harmless(f"{' · '.join(parts)} · on {result.node or '?'}")
 
 
 def _json(message: Any) -> str:
