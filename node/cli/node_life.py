@@ -10,6 +10,7 @@ import click
 from mesh.errors import ConfigError
 from mesh.ids import NodeId
 from node.cli.options import REACH, Chosen, choose, end_with, settings_flags
+from node.signals import end_at_once
 
 if TYPE_CHECKING:
     from node.joining import JoinKey
@@ -26,6 +27,7 @@ ALL = (
 @settings_flags(*ALL)
 def join(**flags: Any) -> None:
     """Run a node in the foreground; the first one creates the mesh."""
+    end_at_once()
     from node.models import resolve
 
     chosen = choose(flags)
