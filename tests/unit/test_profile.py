@@ -20,7 +20,9 @@ def test_the_profile_describes_this_machine() -> None:
 def test_vitals_count_the_compute_process_too() -> None:
     reader = VitalsReader()
     alone = reader.read()
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = "print('up', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline(), "it runs, and has its memory"
     try:
         both = reader.read(child.pid)
     finally:
