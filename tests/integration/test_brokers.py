@@ -461,7 +461,9 @@ async def test_garbage_ends_its_own_connection_and_harms_nobody(
             reader, writer = await asyncio.open_connection("127.0.0.1", running.plain_port)
             writer.write(GARBAGE[garbage]())
             if garbage == "connect cut short" or garbage == "zeros":
-                writer.write_eof()  # an honest packet so far: only the end shows that it is none
+                # An honest packet so far: only the end shows that it is none, unless it is seen at once.
+                with contextlib.suppress(OSError):
+                    writer.write_eof()
             async with asyncio.timeout(SOON_S):
                 with contextlib.suppress(ConnectionError):
                     while await reader.read(4096):
