@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from random import SystemRandom
 
@@ -64,6 +64,7 @@ ACK_EVERY_S = 1.0
 ACK_TIMEOUT_S = 20.0  # a broker's and a coordinator's death one after the other take up to 15 s
 SILENCE_S = 20.0  # a coordinator beats every second
 RESULT_AFTER_STATUS_S = 3.0  # they are published together
+REJECTED_AGAIN_S = 0.5  # a rejection has no result; but an older one of this id may be what is retained
 
 Progress = TaskStatus | TaskTokens | TaskResult
 
@@ -351,8 +352,12 @@ async def submit(client: MeshClient, request: Submit) -> AsyncIterator[Progress]
             case Heard(message=TaskStatus() as status):
                 heard_at = time.monotonic()
                 acknowledged = True
-                if status.is_final:
-                    ends_at = min(ends_at, heard_at + RESULT_AFTER_STATUS_S)
+                if status.state == "rejected":
+                    ends_at = min(ends_at, heard_at + REJECTED_AGAIN_S)
+                elif status.is_final:
+                    ends_at = heard_at + RESULT_AFTER_STATUS_S
+                else:
+                    ends_at = float("inf")
                 if last != (status.state, status.attempt, status.node):
                     last = (status.state, status.attempt, status.node)
                     yield status
@@ -440,7 +445,7 @@ def _is_complete(view: View) -> bool:
     return view.coordinator is not None and bool(online) and all(row.heard_s is not None for row in online)
 
 
-async def watch(settings: Settings, state: StateDir, every_s: float = 1.0) -> AsyncIterator[View]:
+async def watch(settings: Settings, state: StateDir, every_s: float = 1.0) -> AsyncGenerator[View, None]:
     """A picture every ``every_s`` seconds, until the caller stops.
 
     Raises:

@@ -6,6 +6,7 @@ The answer goes to stdout as it is made; who answers and how fast goes to stderr
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,12 +74,9 @@ def _request(options: dict[str, Any], *, stream: bool) -> Submit:
     from mesh.ids import TaskId, new_task_id
     from mesh.messages import Submit
 
-    prompt = options["prompt"]
-    if prompt == "-":
-        prompt = sys.stdin.read()
     try:
         return Submit(
-            prompt=prompt,
+            prompt=_text(options["prompt"]),
             id=TaskId(options["task_id"]) if options["task_id"] else new_task_id(SystemRandom()),
             max_tokens=options["max_tokens"],
             temperature=options["temperature"],
@@ -93,6 +91,24 @@ def _request(options: dict[str, Any], *, stream: bool) -> Submit:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _text(prompt: str) -> str:
+    """The prompt, or what stdin holds; in a locale that is not UTF-8 still the bytes that were given.
+
+    Raises:
+        ConfigError: They are no text.
+    """
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt) if _is_torn(prompt) else None
+    try:
+        return prompt if given is None else given.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8 text (byte {error.start})") from error
+
+
+def _is_torn(text: str) -> bool:
+    """Whether Python kept bytes of the command line that this locale has no letters for."""
+    return any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 @click.command()
@@ -153,7 +169,8 @@ async def _run(chosen: Chosen, request: Submit, *, is_json: bool) -> int:
                         final = progress if progress.is_final else final
                     case TaskResult():
                         final = progress
-        except asyncio.CancelledError:  # Ctrl-C: the mesh must not go on for nobody
+        # Ctrl-C, or the reader of our pipe has enough: the mesh must not go on for nobody.
+        except (asyncio.CancelledError, BrokenPipeError):
             click.echo("\nedgemesh: cancelling the task", err=True)
             await cancel_task(client, request.id, timeout_s=2.0)
             raise

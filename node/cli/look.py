@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,12 +91,13 @@ def _look(
         asyncio.run(_screen(watch(chosen.settings, chosen.state, every_s=0.25)))
 
 
-async def _each(views: AsyncIterator[View], put: Callable[[View], None]) -> None:
-    async for view in views:
-        put(view)
+async def _each(views: AsyncGenerator[View, None], put: Callable[[View], None]) -> None:
+    async with aclosing(views):  # the reader of a pipe may leave at any line
+        async for view in views:
+            put(view)
 
 
-async def _screen(views: AsyncIterator[View]) -> None:
+async def _screen(views: AsyncGenerator[View, None]) -> None:
     from node.tui import screen
 
     newest = [await anext(views)]

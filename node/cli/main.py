@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -101,6 +103,9 @@ for family in (node_life, ask, look, invite, configure, show):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Never raises for an operator's mistake."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a letter shows "?" and not a traceback
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.umask(os.umask(0o077) | 0o077)  # keys, prompts and answers: whatever we create is this user's alone
     try:
         cli.main(args=list(argv) if argv is not None else None, prog_name="edgemesh")

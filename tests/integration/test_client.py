@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -163,6 +164,34 @@ async def test_a_submission_is_repeated_until_acknowledged_and_followed_to_its_e
     assert said[-1] == RESULT
     assert any(isinstance(one, TaskTokens) for one in said)
     assert {submission.id for submission in heard} == {REQUEST.id}
+
+
+async def test_a_rejection_is_told_at_once_and_an_older_one_of_the_same_id_is_no_answer(
+    state: StateDir, tmp_path: Path
+) -> None:
+    def answer(bus: MqttBus, message: Any) -> None:
+        match message:
+            case Submit(prompt="nonsense"):
+                bus.publish(status("rejected", node=None, reason="no"))  # retained
+            case Submit():
+                bus.publish(status("queued"))
+                bus.publish(RESULT)
+            case _:
+                pass
+
+    async def said_to(request: Submit) -> list[Any]:
+        async with connected(settings(state), state, TASK_ROWS, task=REQUEST.id) as client:
+            return [progress async for progress in submit(client, request)]
+
+    broker = await start(state, tmp_path, 1)
+    try:
+        async with coordinator(tmp_path, answer, ref(broker, 1)):
+            async with asyncio.timeout(client_module.RESULT_AFTER_STATUS_S):
+                assert (await said_to(replace(REQUEST, prompt="nonsense")))[-1].state == "rejected"
+            async with asyncio.timeout(20):
+                assert (await said_to(REQUEST))[-1] == RESULT
+    finally:
+        await broker.stop()
 
 
 async def test_a_client_follows_the_mesh_to_another_broker_and_hears_the_end_there(
