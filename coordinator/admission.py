@@ -48,7 +48,7 @@ def admit(submit: Submit, nodes: Iterable[Node], n_open: int, config: AdmissionC
     computing = [node.info for node in nodes if node.is_present and node.info and node.slots]
     if not computing:
         return Admit()  # a worker may join before the deadline; nothing is known to be impossible
-    with_model = [info for info in computing if serves(info.model, submit.model)]
+    with_model = [info for info in computing if serves(info.model, submit.model, info.also_called)]
     if not with_model:
         known = sorted({info.model for info in computing if info.model})
         return Reject(

@@ -6,7 +6,7 @@ believes (``MemberChanged``). Membership alone says who is alive; a node's own w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mesh.facts import MemberChanged
@@ -47,8 +47,8 @@ class Node:
         return self.standing == "alive" and is_ready and not self.is_draining and self.slots > 0
 
 
-def serves(model: str | None, wanted: str | None) -> bool:
-    """Whether a node with ``model`` may answer a task that wants ``wanted``.
+def serves(model: str | None, wanted: str | None, also_called: Iterable[str] = ()) -> bool:
+    """Whether a node with ``model``, which may have more names, may answer a task that wants ``wanted``.
 
     Names match without regard to case and with or without the hub's owner part.
 
@@ -59,7 +59,10 @@ def serves(model: str | None, wanted: str | None) -> bool:
         return True
     if model is None:
         return False
-    have, want = model.casefold(), wanted.casefold()
+    return any(_is_name_of(name.casefold(), wanted.casefold()) for name in (model, *also_called))
+
+
+def _is_name_of(have: str, want: str) -> bool:
     return (
         have == want
         or ("/" not in want and have.rpartition("/")[2] == want)

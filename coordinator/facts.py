@@ -26,6 +26,7 @@ class EngineReady:
     model: str
     context_tokens: int
     slots: int
+    also_called: tuple[str, ...] = ()
 
 
 NODE_STOPS = "the node is stopping"

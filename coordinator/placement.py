@@ -67,6 +67,6 @@ def _is_able(node: Node, submit: Submit) -> bool:
     info = node.info
     return (
         info is not None
-        and serves(info.model, submit.model)
+        and serves(info.model, submit.model, info.also_called)
         and (submit.adapter is None or submit.adapter in info.adapters)
     )

@@ -243,7 +243,7 @@ class Worker:
             return "draining: it takes no new work"
         if len(self._running) >= self._engine.slots:
             return f"all {self._engine.slots} slots are taken"
-        if not serves(self._engine.model, assign.submit.model):
+        if not serves(self._engine.model, assign.submit.model, self._engine.also_called):
             return f"it serves {self._engine.model}, not {assign.submit.model}"
         if assign.budget_s is not None and assign.budget_s <= 0:
             return "its deadline has passed"

@@ -309,11 +309,12 @@ class Agent:
             case StartAttempt() | StopAttempt():
                 if self._worker is not None:
                     self._worker.carry_out(fact)
-            case EngineReady(model=model, context_tokens=context_tokens, slots=slots):
+            case EngineReady(model=model, context_tokens=context_tokens, slots=slots, also_called=others):
                 device = self._worker.device if self._worker is not None else "none"
                 self._change_info(
-                    model=model, context_tokens=context_tokens, slots=slots, device=device or "cpu"
-                )
+                    model=model, also_called=list(others), context_tokens=context_tokens, slots=slots,
+                    device=device or "cpu",
+                )  # fmt: skip
             case EngineLost():
                 self._change_info(slots=0)
             case DrainChanged(leave=leave):

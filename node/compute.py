@@ -134,6 +134,7 @@ def main() -> int:
             slots=engine.slots,
             device=engine.device,
             digest=digest,
+            also_called=tuple(name for name in engine.names[1:] if name != engine.model),
         )
     )
     _serve(engine, inbox, say)
@@ -206,7 +207,7 @@ def _load(load: Load, say: Say) -> tuple[Engine, str]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[load.precision]
     backbone = load_backbone(directory, best_device(), dtype)
     progress(f"loading {source.display}", 0.9)
-    names = (source.name, source.display, load.model)
+    names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
     return ModelEngine(names, backbone, Tokens(directory), threads), manifest.weights_sha256
 
 

@@ -77,6 +77,7 @@ class Ready:
     device: str
     digest: str
     """SHA-256 of the weights; of nothing for ``echo``."""
+    also_called: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

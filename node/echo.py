@@ -49,7 +49,7 @@ class EchoEngine:
     def __init__(self, name: str = "echo", clock: Callable[[], float] = time.monotonic) -> None:
         rate = echo_rate(name)
         self.model = "echo"
-        self._names = ("echo", name)
+        self.names = ("echo", name)
         self._interval_s = 1 / rate if rate else 0.0
         self._clock = clock
         self._running: dict[tuple[str, int], _Attempt] = {}
@@ -62,7 +62,7 @@ class EchoEngine:
 
     def start(self, generate: Generate) -> list[Event]:
         submit, key = generate.submit, (generate.task, generate.attempt)
-        refuse = refusal(generate, self._names, slots_taken=len(self._running) >= self.slots)
+        refuse = refusal(generate, self.names, slots_taken=len(self._running) >= self.slots)
         words = _WORD.findall(_text_of(submit))
         if refuse is None and len(words) > CONTEXT_WORDS:
             refuse = refused(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from coordinator.cluster import serves
 from node.compute_messages import Ended, Generate, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
@@ -23,6 +24,10 @@ class Engine(Protocol):
     @property
     def model(self) -> str:
         """The name under which the node offers it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names it answers to, ``model`` first."""
 
     @property
     def context_tokens(self) -> int:
@@ -56,7 +61,7 @@ def refusal(generate: Generate, names: Iterable[str], slots_taken: bool) -> Ende
     """
     submit = generate.submit
     known = list(names)
-    if submit.model is not None and submit.model.lower() not in {name.lower() for name in known}:
+    if not serves(known[0], submit.model, known[1:]):
         return refused(generate, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
     if submit.adapter is not None:
         return refused(

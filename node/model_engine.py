@@ -112,7 +112,7 @@ class ModelEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = names[0]
-        self._names = tuple(names)
+        self.names = tuple(names)
         self._backbone = backbone
         self._tokens = tokens
         self._threads = ThreadChoice(threads_max if backbone.device == "cpu" else 1)
@@ -134,7 +134,7 @@ class ModelEngine:
     def start(self, generate: Generate) -> list[Event]:
         started_at = self._clock()
         submit = generate.submit
-        refuse = refusal(generate, self._names, slots_taken=len(self._running) >= self.slots)
+        refuse = refusal(generate, self.names, slots_taken=len(self._running) >= self.slots)
         if refuse is not None:
             return [refuse]
         try:

@@ -242,7 +242,9 @@ class ComputeWorker:
                 say(log, "loading", self.activity)
             case Ready():
                 self._ready = message
-                self._learn(EngineReady(message.model, message.context_tokens, message.slots))
+                self._learn(
+                    EngineReady(message.model, message.context_tokens, message.slots, message.also_called)
+                )
             case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
                 self._spoken.append((time.monotonic(), n_tokens))
                 self._learn(AttemptText(task, attempt, text, n_tokens))

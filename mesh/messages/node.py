@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mesh.ids import Boot, NodeId
@@ -12,6 +12,7 @@ __all__ = ["Drain", "NodeForgotten", "NodeInfo", "NodeReport", "NodeStanding", "
 
 NodeStanding = Literal["online", "draining", "offline", "left"]
 
+MODEL_NAMES_MAX = 8
 ADDRESSES_MAX = 16  # a laptop with VPNs and containers shows about ten
 
 
@@ -67,12 +68,18 @@ class NodeInfo:
     """How many attempts the node runs at once; 0 = takes no work."""
     context_tokens: int | None = None
     """Longest prompt plus completion the model takes, once known."""
+    also_called: list[str] = field(default_factory=list)
+    """Other names a task may ask for ``model`` by, such as ``SmolLM2-135M-Instruct``."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)
         check_count("incarnation", self.incarnation)
         check_count("port", self.port, 65535)
         check_count("slots", self.slots, 1024)
+        for name in self.also_called:
+            check_text("also_called", name, 256)
+        if len(self.also_called) > MODEL_NAMES_MAX:
+            raise ValueError("too many names of one model")
         if len(self.addresses) > ADDRESSES_MAX or len(self.adapters) > 1024:
             raise ValueError("too many addresses or adapters in one node's info")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.admission import AdmissionConfig, Admit, Reject, admit
@@ -31,6 +33,14 @@ CONFIG = AdmissionConfig(open_max=10)
 )
 def test_what_some_node_may_be_able_to_do_is_admitted(submit: Submit, nodes: list[Node]) -> None:
     assert admit(submit, nodes, 0, CONFIG) == Admit()
+
+
+def test_a_model_may_be_asked_for_by_any_name_its_node_gives() -> None:
+    given = info("a")
+    named = replace(node(), info=replace(given, also_called=["Tiny-1M-Instruct"]))
+    wanted = Submit(prompt="hi", model="tiny-1m-instruct")
+    assert admit(wanted, [named], 0, CONFIG) == Admit()
+    assert isinstance(admit(wanted, [node()], 0, CONFIG), Reject)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ def test_a_model_is_known_by_its_full_and_its_short_name(
     assert serves(model, wanted) is expected
 
 
+@pytest.mark.parametrize("wanted", ["smollm2-135m", "SmolLM2-135M-Instruct", "hub/SmolLM2-135M-Instruct"])
+def test_a_model_is_known_by_every_name_its_node_gives(wanted: str) -> None:
+    assert serves("smollm2-135m", wanted, ["SmolLM2-135M-Instruct"])
+    assert not serves("smollm2-135m", "SmolLM2-360M-Instruct", ["SmolLM2-135M-Instruct"])
+
+
 @pytest.mark.parametrize(
     ("standing", "present", "may_start"),
     [("alive", True, True), ("suspect", True, False), ("dead", False, False), ("left", False, False)],
