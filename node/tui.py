@@ -13,10 +13,11 @@ stay, events and finished tasks go.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -381,7 +382,7 @@ async def screen(view: Callable[[], View], console: Console | None = None) -> No
         maxsize=16
     )  # more unread keys than this are a cat on the keyboard
     with_help = False
-    with _keyboard(keys), Live(console=console, screen=True, auto_refresh=False) as live:
+    with _until_closed(), _keyboard(keys), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             picture = view()
             live.update(render(picture, *console.size, with_help=with_help), refresh=True)
@@ -394,6 +395,16 @@ async def screen(view: Callable[[], View], console: Console | None = None) -> No
             if key in ("q", "Q"):
                 return
             with_help = key in ("h", "H", "?") and not with_help
+
+
+@contextmanager
+def _until_closed() -> Iterator[None]:
+    """A terminal that went away ends the view like ``q``: the node behind it still has a goodbye to say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 @contextmanager
@@ -410,7 +421,10 @@ def _keyboard(keys: asyncio.Queue[str]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def read() -> None:
-        typed = os.read(descriptor, 64).decode(errors="replace")
+        try:
+            typed = os.read(descriptor, 64).decode(errors="replace")
+        except OSError:
+            typed = ""
         if not typed:  # the terminal went away; a reader at end of file would spin
             loop.remove_reader(descriptor)
         for key in typed:
@@ -423,4 +437,5 @@ def _keyboard(keys: asyncio.Queue[str]) -> Iterator[None]:
         yield
     finally:
         loop.remove_reader(descriptor)
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # no terminal, no old settings
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

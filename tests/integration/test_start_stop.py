@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import time
@@ -41,6 +42,25 @@ async def test_a_signal_makes_a_node_say_goodbye(tmp_path: Path, number: signal.
         assert processes_of(tmp_path) >= {first.pid}
         assert await ended_by(first, number) == 0, first.tail
         await until(lambda: not processes_of(tmp_path), "the end of every process")
+
+
+async def test_a_closed_terminal_ends_its_node_with_a_goodbye(tmp_path: Path) -> None:
+    async with LocalMesh(tmp_path, MeshName("start"), flags=("--no-compute",)) as mesh:
+        (other,) = await mesh.start_many(1)
+        terminal, inside = os.openpty()
+        node = await asyncio.create_subprocess_exec(
+            # A session's first terminal to be opened becomes its own: closing it is SIGHUP.
+            *("/bin/sh", "-c", 'tty=$1; shift; exec "$@" <"$tty" >"$tty" 2>&1', "sh", os.ttyname(inside)),
+            *mesh.command("join", "--no-compute"),
+            env={**mesh.environment, "TERM": "xterm"},
+            start_new_session=True,
+        )
+        await other.wait_for("member", 20, where=lambda event: event.get("standing") == "alive")
+        os.close(inside)
+        os.close(terminal)
+        await other.wait_for("member", 10, where=lambda event: event.get("standing") == "left")
+        async with asyncio.timeout(8):
+            assert await node.wait() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
