@@ -171,8 +171,13 @@ class Hosting:
     # ── what peers say ──────────────────────────────────────────────────────────────────────────────
 
     def _on_peer_heard(self, hello: PeerHello, address: str, now: float) -> list[Effect]:
-        if hello.node == self._me or (hello.node not in self._peers and len(self._peers) >= PEERS_MAX):
+        if hello.node == self._me:
             return []
+        if hello.node not in self._peers and len(self._peers) >= PEERS_MAX:
+            unheard = next((node for node, peer in self._peers.items() if peer.hello is None), None)
+            if unheard is None:
+                return []
+            del self._peers[unheard]  # a rumour makes room for somebody who proved to be there
         self._peers[hello.node] = _Peer(hello, address, now)
         self._epoch_seen = max(self._epoch_seen, hello.broker_epoch)
         offered = _offered(hello, address)

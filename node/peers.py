@@ -2,6 +2,9 @@
 
 An mDNS record, a seed or another peer's word only names an address. Each is asked over mutual TLS who it
 is before anything believes it; the answers go to ``mesh.hosting`` as facts.
+
+Anybody on the network can announce anything. So a rumour never takes the place of an address where the node
+has answered before, is never passed on, and waits behind the nodes that are known.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ __all__ = ["PROBE_TIMEOUT_S", "Peers"]
 log = logging.getLogger(__name__)
 
 ADDRESSES_KNOWN_MAX = 4096  # as many as members
+# A node that is there is proven within milliseconds. Forged ones that black-hole us keep a real newcomer
+# waiting for at most 512 / 8 probes of 1.5 s, a minute and a half; seeds never wait.
+RUMOURS_MAX = 512
 PROBES_AT_ONCE_MAX = 8  # a TLS handshake costs about 3 ms of one small core
 PROBE_TIMEOUT_S = 1.5
 SEED_EVERY_S = 1.0
@@ -51,15 +57,18 @@ class Peers:
         self._client = client
         self._seeds = tuple(seeds)
         self._learn = learn
-        self._book: dict[NodeId, _Place] = {}
+        self._proven: dict[NodeId, _Place] = {}
+        self._rumoured: dict[NodeId, _Place] = {}  # the newest of each; the oldest make room
         self._asking: set[NodeId] = set()
-        self._wanted: asyncio.Queue[NodeId] = asyncio.Queue()  # bounded by _asking: each node once
+        # Bounded by _asking, each node once. Known nodes first, then rumours in the order of asking.
+        self._wanted: asyncio.PriorityQueue[tuple[bool, int, NodeId]] = asyncio.PriorityQueue()
+        self._n_asked = 0
         self._refused: set[str] = set()
 
     @property
     def vouched(self) -> dict[str, str]:
         """Up to 256 peers for ``PeerHello.peers``: what a newcomer with one seed needs to find the rest."""
-        places = sorted(self._book.items())[:256]
+        places = sorted(self._proven.items())[:256]
         return {node: _host_port(place.addresses[0], place.port) for node, place in places}
 
     def sighted(self, node: NodeId, addresses: Iterable[str], port: int) -> None:
@@ -67,9 +76,11 @@ class Peers:
         place = _Place(tuple(addresses), port)
         if node == self._me or not place.addresses or not 0 < port < 65536:
             return
-        if node not in self._book and len(self._book) >= ADDRESSES_KNOWN_MAX:
-            return
-        self._book[node] = place
+        self._rumoured.pop(node, None)
+        if place != self._proven.get(node):
+            self._rumoured[node] = place
+            if len(self._rumoured) > RUMOURS_MAX:
+                del self._rumoured[next(iter(self._rumoured))]
         self.ask([node])
 
     def gone(self, node: NodeId) -> None:
@@ -79,9 +90,12 @@ class Peers:
     def ask(self, nodes: Iterable[NodeId]) -> None:
         """Probe these soon; one probe per node at a time."""
         for node in nodes:
-            if node in self._book and node not in self._asking:
+            is_known = node in self._proven
+            has_room = is_known or (node in self._rumoured and len(self._asking) < 2 * ADDRESSES_KNOWN_MAX)
+            if has_room and node not in self._asking:
                 self._asking.add(node)
-                self._wanted.put_nowait(node)
+                self._n_asked += 1
+                self._wanted.put_nowait((not is_known, self._n_asked, node))
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -92,20 +106,45 @@ class Peers:
 
     async def _probe_wanted(self) -> None:
         while True:
-            node = await self._wanted.get()
-            place = self._book.get(node)
+            _, _, node = await self._wanted.get()
             try:
-                if place is not None:
-                    hello, address = await self._client.probe(
-                        place.addresses, place.port, expect=node, timeout_s=PROBE_TIMEOUT_S
-                    )
-                    self._heard(hello, address)
+                if node not in self._proven and node not in self._rumoured:
+                    continue  # newer rumours took its room
+                # Where it answered before, while it does; else where it is said to be now.
+                for book in (self._proven, self._rumoured):
+                    if (place := book.get(node)) is not None and await self._probe(node, place):
+                        break
+                else:
+                    self._learn(PeerSilent(node))
             except WrongKeyError as error:
                 self._refuse(str(node), error)
-            except (UnreachableError, DecodeError):
-                self._learn(PeerSilent(node))
             finally:
                 self._asking.discard(node)
+
+    async def _probe(self, node: NodeId, place: _Place) -> bool:
+        """Whether ``node`` answers there.
+
+        Raises:
+            WrongKeyError: Somebody of another mesh does, and we have no better address.
+        """
+        try:
+            hello, address = await self._client.probe(
+                place.addresses, place.port, expect=node, timeout_s=PROBE_TIMEOUT_S
+            )
+        except (UnreachableError, DecodeError):
+            return False
+        except WrongKeyError:
+            if node in self._proven and node in self._rumoured:
+                return False
+            raise
+        self._rumoured.pop(node, None)
+        self._prove(node, place)
+        self._heard(hello, address)
+        return True
+
+    def _prove(self, node: NodeId, place: _Place) -> None:
+        if node in self._proven or len(self._proven) < ADDRESSES_KNOWN_MAX:
+            self._proven[node] = place
 
     async def _ask_seed(self, host: str, port: int) -> None:
         """Until it answers, every second; then now and then, since it may be replaced."""
@@ -116,7 +155,8 @@ class Peers:
                     (host,), port, expect=None, timeout_s=PROBE_TIMEOUT_S
                 )
                 if hello.node != self._me:
-                    self._book.setdefault(hello.node, _Place((address, *hello.addresses), hello.port))
+                    if hello.node not in self._proven:
+                        self._prove(hello.node, _Place((address, *hello.addresses), hello.port))
                     self._heard(hello, address)
                 wait_s = SEED_REST_S
             except WrongKeyError as error:
@@ -129,7 +169,7 @@ class Peers:
         self._learn(PeerHeard(hello, address))
         for node, where in hello.peers.items():
             host, _, port = where.rpartition(":")
-            if is_id(node) and NodeId(node) not in self._book and port.isdigit():
+            if is_id(node) and NodeId(node) not in self._proven and port.isdigit():
                 self.sighted(NodeId(node), (host.strip("[]"),), int(port))
 
     def _refuse(self, who: str, error: WrongKeyError) -> None:

@@ -7,9 +7,10 @@ from random import Random
 import pytest
 
 from mesh.core import Notify
-from mesh.facts import BrokerRef, UseBroker
-from mesh.hosting import Hosting
-from mesh.ids import NodeId
+from mesh.facts import BrokerRef, PeerHeard, PeerSilent, UseBroker
+from mesh.hosting import PEERS_MAX, Hosting
+from mesh.ids import Boot, NodeId
+from mesh.messages import PeerHello
 from tests.property.hosting_world import HostingWorld
 
 SEEDS = range(90)  # ten of every size from 1 to 9
@@ -103,3 +104,17 @@ def test_the_sites_own_broker_is_used_and_nothing_is_hosted() -> None:
     core = Hosting(me=NodeId("a"), rng=Random(0), now=0.0, external=site)
     assert core.tick(0.0) == [Notify(UseBroker(site))]
     assert core.wake_at == float("inf")
+
+
+def test_rumours_make_room_for_a_peer_that_proved_to_be_there() -> None:
+    """Anybody on the network can announce thousands of nodes; none of them ever answers."""
+    core = Hosting(me=NodeId("me"), rng=Random(1), now=0.0)
+    for k in range(2 * PEERS_MAX):
+        core.learn(PeerSilent(NodeId(f"forged-{k}")), 0.1)
+    hello = PeerHello(
+        node=NodeId("pi"), boot=Boot("b"), incarnation=1, mesh="home", port=1, addresses=["10.0.0.1"],
+        broker_epoch=3, broker_host=NodeId("pi"), broker_addresses=["10.0.0.1"], broker_port=8883,
+        broker_connected=True, peers={},
+    )  # fmt: skip
+    core.learn(PeerHeard(hello, "10.0.0.1"), 0.2)
+    assert core.broker is not None and core.broker.host == "pi"
