@@ -48,6 +48,10 @@ exec 3<&-
 exec "$1" -c "$2"
 """
 
+# A busy mesh needs 10 to 30 MB. Mosquitto has no bound on retained topics, and whoever may cancel a task may
+# have as many kept as there are names: the device must survive that, if need be without its broker.
+_MEMORY_BYTES_MAX = 256 * 1024 * 1024
+
 _START_TIMEOUT_S = 10.0  # 20 ms on a laptop; a Raspberry Pi 3 under load took a second
 _PROBE_S = 2.0
 _PORT_TRIES = 8  # another process may take a free port between our look and Mosquitto's bind
@@ -207,6 +211,7 @@ def _write_files(settings: BrokerSettings, port: int, plain_port: int | None) ->
         "connection_messages false",
         "sys_interval 0",
         "set_tcp_nodelay true",
+        f"memory_limit {_MEMORY_BYTES_MAX}",
         f"max_packet_size {PACKET_BYTES_MAX}",
         f"max_queued_messages {QUEUED_MAX}",
         f"max_queued_bytes {QUEUED_BYTES_MAX}",

@@ -657,6 +657,42 @@ asyncio.run(main())
 # -- amqtt's bounds, which a client cannot see from outside
 
 
+@needs_mosquitto
+async def test_what_strangers_have_retained_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto has no bound on retained topics, and a stranger may cancel as many names as it likes."""
+    monkeypatch.setattr("mesh.brokers.mosquitto_broker._MEMORY_BYTES_MAX", 20_000_000)
+    running = await start_broker(settings("mosquitto", tmp_path, access_list=access_list(KEY.name)))
+    assert isinstance(running, mosquitto_broker.MosquittoBroker)
+    try:
+        async with node(running, tmp_path, "a") as a:
+            with contextlib.suppress(aiomqtt.MqttError):  # at the bound it is cut
+                async with anonymous(running) as stranger:
+                    for number in range(60):
+                        await stranger.publish(f"{ROOT}/task/t-{number}/cancel", b"x" * 1_000_000, 1, True)
+            assert psutil.Process(running.pid).memory_info().rss < 50_000_000
+            await a.subscribe(f"{ROOT}/node/a/state", qos=1)
+            await a.publish(f"{ROOT}/node/a/state", b"still here", qos=1)
+            assert (await heard(a))[1] == b"still here"
+    finally:
+        await running.stop()
+
+
+async def test_strangers_have_nothing_retained_by_amqtt(tmp_path: Path) -> None:
+    """They would push the members' own records out of its bound."""
+    running = await start_broker(settings("amqtt", tmp_path, access_list=access_list(KEY.name)))
+    try:
+        async with anonymous(running) as stranger, node(running, tmp_path, "a") as a:
+            await stranger.publish(f"{ROOT}/task/t/cancel", b"x", qos=1, retain=True)
+            await a.publish(f"{ROOT}/task/t/status", b"kept", qos=1, retain=True)
+            await a.subscribe(f"{ROOT}/task/#", qos=1)
+            assert await heard(a) == (f"{ROOT}/task/t/status", b"kept", True)
+            await nothing_heard(a)
+    finally:
+        await running.stop()
+
+
 async def test_a_client_that_never_says_hello_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.brokers.amqtt_broker._GREETING_S", 0.2)
     running = await start_broker(settings("amqtt", tmp_path))
