@@ -171,6 +171,7 @@ class Attempts:
             task.failures -= 1  # it was not lost after all
         with self._ledger.changing(task):
             task.run(sender, attempt.attempt, attempt.epoch, now)
+            task.waits_for = None
         return announce(task, self._epoch, now) if is_news else []
 
     def refused(self, sender: NodeId, attempt: AttemptId, now: float) -> list[Effect]:
@@ -223,6 +224,7 @@ class Attempts:
         task.avoid = {other: until for other, until in task.avoid.items() if until > now}
         with self._ledger.changing(task):
             task.assign(node, task.attempt + 1, self._epoch, now)
+            task.waits_for = None
         return [self._order(task, node, now), *announce(task, self._epoch, now)]
 
     def _order(self, task: Task, node: NodeId, now: float) -> Effect:

@@ -13,7 +13,7 @@ from coordinator.cluster import Node, serves
 from mesh.ids import NodeId, TaskId
 from mesh.messages import Submit
 
-__all__ = ["Placement", "Policy", "Waiting", "least_loaded"]
+__all__ = ["Placement", "Policy", "Waiting", "least_loaded", "why_waiting"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class Placement:
     node: NodeId
     reason: str
 
+
+_WORDS_OF_MAX = 3  # nodes quoted: each says up to 200 bytes
 
 Policy = Callable[[Iterable[Waiting], Sequence[Node], Mapping[NodeId, int]], list[Placement]]
 """(waiting tasks in order, nodes, attempts that run on each node) -> what to start now."""
@@ -61,6 +63,22 @@ def least_loaded(
         if taken[best.id] >= best.slots:
             del free[best.id]
     return placements
+
+
+def why_waiting(submit: Submit, nodes: Iterable[Node]) -> str | None:
+    """Why nobody can start it now, in the nodes' own words; ``None`` if somebody can, slots aside."""
+    known = list(nodes)
+    if any(node.may_start and _is_able(node, submit) for node in known):
+        return None
+    idle = [node for node in known if node.is_present and not node.may_start]
+    said = [f"{node.id}: {node.report.activity}" for node in sorted(idle, key=_id_of) if node.report]
+    others = f" and {len(said) - _WORDS_OF_MAX} more" if len(said) > _WORDS_OF_MAX else ""
+    words = f" ({'; '.join(said[:_WORDS_OF_MAX])}{others})" if said else ""
+    return f"no node can start it yet{words}"
+
+
+def _id_of(node: Node) -> NodeId:
+    return node.id
 
 
 def _is_able(node: Node, submit: Submit) -> bool:

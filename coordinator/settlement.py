@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coordinator.attempts import own_outcome
+from coordinator.placement import why_waiting
 from coordinator.publish import acknowledge, conclude, event
 from coordinator.store import Tombstone
 from coordinator.task import Task, outcome_rank, record_of, task_from
@@ -60,6 +61,8 @@ class Settlement:
     def acknowledge(self, task: Task, now: float) -> list[Effect]:
         with self._ledger.changing(task):
             task.is_acknowledged = True
+            if task.node is None:
+                task.waits_for = why_waiting(task.submit, self._term.cluster)
         saved = self._store.put(record_of(task, self._term.epoch, now), now)
         return [*saved, *acknowledge(task, self._term.epoch, now)]
 

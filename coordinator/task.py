@@ -154,6 +154,8 @@ class Task:
     """When the retained topics are cleared."""
     replies: list[tuple[str, str | None]] = field(default_factory=list)
     """Topics of clients that want acknowledgement and result, with their correlation."""
+    waits_for: str | None = None
+    """Why it could not start when it was accepted; until its first attempt."""
     due_at: float = FOREVER
     """The earliest time this task is on the scheduler's list to look at."""
 
@@ -280,7 +282,7 @@ def status_of(task: Task, epoch: Epoch, now: float) -> TaskStatus:
     return TaskStatus(
         task=task.id,
         state=task.state,
-        reason=task.outcome.reason if task.outcome else None,
+        reason=task.outcome.reason if task.outcome else task.waits_for,
         node=task.outcome.node if task.outcome else task.node,
         attempt=task.outcome.attempt if task.outcome else task.attempt_number,
         epoch=epoch,

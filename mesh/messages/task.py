@@ -163,6 +163,7 @@ class TaskStatus:
     task: TaskId
     state: TaskState
     reason: str | None
+    """Why it ended so; of a queued task why no node could start it when it was accepted."""
     node: NodeId | None
     """Where it runs or ran."""
     attempt: int

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from time import perf_counter
 
 from coordinator.cluster import Node
-from coordinator.placement import Waiting, least_loaded
+from coordinator.placement import Waiting, least_loaded, why_waiting
 from mesh.ids import NodeId, TaskId
 from mesh.messages import Submit
 from tests.unit.task_world import info, report
@@ -40,6 +41,18 @@ def test_what_runs_already_counts() -> None:
 
 def test_nothing_is_placed_beyond_the_slots() -> None:
     assert len(least_loaded(waiting(9), [node("a"), node("b")], {NodeId("a"): 2})) == 2
+
+
+def test_who_waits_is_told_why_in_the_nodes_own_words() -> None:
+    loading = node("a", ready=False)
+    assert loading.report is not None
+    loading = replace(loading, report=replace(loading.report, activity="loading tiny (43%)"))
+    task = Submit(prompt="hi")
+    assert why_waiting(task, [loading]) == "no node can start it yet (a: loading tiny (43%))"
+    assert why_waiting(task, [loading, node("b")]) is None
+    assert why_waiting(task, []) == "no node can start it yet"
+    crowd = [replace(loading, id=NodeId(f"n{k:04}")) for k in range(1000)]
+    assert "and 997 more" in (told := why_waiting(task, crowd) or "") and len(told) < 1000
 
 
 def test_ties_go_to_the_larger_node_and_then_by_id_whatever_the_order_of_nodes() -> None:

@@ -96,6 +96,18 @@ def test_what_a_dead_holder_held_is_held_elsewhere() -> None:
         assert sum(f"task/t{i}" in host.journal for host in world.up) >= 2
 
 
+def test_an_accepted_task_that_nobody_can_start_says_why() -> None:
+    stuck = mesh(2, slots=0)
+    stuck.say(ask(id=TaskId("t1")))
+    stuck.run(1)
+    (queued,) = stuck.heard(TaskStatus, "t1")
+    assert queued.state == "queued" and "no node can start it yet" in (queued.reason or "")
+    able = mesh(2)
+    able.say(ask(id=TaskId("t1")))
+    able.run(2)
+    assert [status.reason for status in able.heard(TaskStatus, "t1")] == [None] * 4
+
+
 def test_a_result_tells_how_long_the_task_waited_and_ran() -> None:
     world = mesh(1, slots=1, service_s=2)
     world.say(ask(id=TaskId("first")))
