@@ -194,14 +194,19 @@ class ComputeWorker:
     async def _live(self) -> _End:
         self._last_words.clear()
         self.activity = "starting the compute process"
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_LOG_LINE_BYTES * 16,
-            env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LOG_LINE_BYTES * 16,
+                env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        except OSError as error:  # no memory or no process to be had now: the node lives on without
+            unborn = f"it could not be started: {error}"
+            self._learn(EngineLost(unborn))
+            return _End(unborn)
         self._process = process
         ready_at: float | None = None
         failed: LoadFailed | None = None

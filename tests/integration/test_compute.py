@@ -129,6 +129,12 @@ async def test_stopping_an_attempt_ends_it_early_with_what_it_has(tmp_path: Path
         assert (await facts.next(AttemptFinished)).outcome.text == "still here"
 
 
+async def test_a_child_that_cannot_be_started_is_no_end_of_the_node(tmp_path: Path) -> None:
+    async with compute("echo", tmp_path, command=(str(tmp_path / "nothing"),)) as (worker, facts):
+        assert "could not be started" in (await facts.next(EngineLost)).reason
+        await until(lambda: "again in" in worker.activity)
+
+
 async def test_a_killed_child_fails_its_attempts_for_a_retry_and_comes_back(tmp_path: Path) -> None:
     async with compute("echo:5", tmp_path) as (worker, facts):
         await facts.next(EngineReady)
