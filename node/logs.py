@@ -41,7 +41,11 @@ class _TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        line = f"{stamp}  {mark}{record.getMessage()}"
+        # What others chose (a client's id, a host's name) must neither steer a terminal nor look like a line.
+        text = "".join(
+            letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in record.getMessage()
+        )
+        line = f"{stamp}  {mark}{text}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

@@ -242,7 +242,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="mesh", parse=_mesh_name, metavar="NAME",
             help="Name of the mesh [default: the only one this machine knows, else 'home']."),
     Setting(name="code", parse=_text, metavar="CODE", is_secret=True,
-            help="Join code of the mesh, as `edgemesh token` prints it on a device that is in."),
+            help="Join code of the mesh, from `edgemesh token` on a device that is in; '-' asks for it."),
     Setting(name="new", parse=_switch,
             help="Create a new mesh although one of this name is visible."),
     Setting(name="name", parse=_text, metavar="TEXT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,11 @@ def choose(flags: dict[str, Any]) -> Chosen:
         ConfigError: A setting is wrong, or code and mesh name disagree.
     """
     config = flags.pop("config", None)
+    if flags.get("code") == "-":  # arguments can be seen by every user of the machine, with ps
+        is_asked = sys.stdin.isatty()
+        flags["code"] = (
+            click.prompt("Join code", hide_input=True, err=True) if is_asked else sys.stdin.readline()
+        )
     loaded = read_settings(flags, config=config)
     settings, state = loaded.settings, StateDir(loaded.settings.state_dir)
     is_named = loaded.origin["mesh"] != "default"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from click.testing import CliRunner, Result
 
 from mesh.errors import ConfigError, TaskError, UnreachableError, WrongKeyError
 from mesh.identity import MeshKey
-from mesh.ids import MeshName
+from mesh.ids import Epoch, MeshName, NodeId, TaskId
+from mesh.messages import TaskResult
 from mesh.topics import SUBMIT
-from node import __version__
+from node import __version__, logs
+from node.cli import ask
 from node.cli.main import cli, exit_code
 from node.cli.reference import PAGE, page
 from node.joining import needs_scan, resolve_key
@@ -296,3 +299,30 @@ def test_a_code_and_a_mesh_name_that_disagree_are_refused(state: StateDir) -> No
     assert done.exit_code == 2
     assert "the join code is of mesh 'home', not 'lab'" in done.stderr
     assert KEY.code not in done.stderr
+
+
+def test_a_join_code_need_not_be_an_argument_that_ps_shows(state: StateDir) -> None:
+    """It is read: a good one meets the mesh's name that was given, which is another's."""
+    done = invoke("status", "--mesh", "else", "--code", "-", input=f"{KEY.code}\n")
+    assert done.exit_code == 2
+    assert "the join code is of mesh 'home', not 'else'" in done.stderr
+
+
+def test_what_others_say_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e"
+    outcome = TaskResult(
+        task=TaskId("t"), state="failed", text="", finish_reason=None, reason=f"no {evil}", node=NodeId("a"),
+        attempt=1, epoch=Epoch(1, NodeId("a")), n_prompt_tokens=0, n_tokens=0, queue_s=0.0, ttft_s=None,
+        service_s=0.0,
+    )  # fmt: skip
+    assert ask._end(outcome, is_json=False) == 1
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    ask._put(f"answer {evil}\n")
+    record = logging.LogRecord(
+        "mesh", logging.WARNING, "x", 1, "client %s is slow", (f"a\n12:00 {evil}",), None
+    )
+    said = capsys.readouterr()
+    lines = [*said.out.splitlines(), *said.err.splitlines(), logs._TextLines().format(record)]
+    assert len(lines) == 3 and all(line.isprintable() for line in lines), lines
