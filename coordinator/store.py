@@ -22,6 +22,7 @@ from coordinator.task import aged, outcome_rank
 from mesh.core import FOREVER, Effect, Message, Save
 from mesh.ids import Epoch, TaskId
 from mesh.messages import AttemptEnded, AttemptId, TaskRecord, TaskState
+from mesh.units import MIB
 
 __all__ = ["RecordStore", "StoreConfig", "Tombstone", "attempt_key", "task_key"]
 
@@ -34,6 +35,10 @@ class StoreConfig:
     """At 8 KiB an answer, 32 MiB; the oldest go first."""
     open_max: int = 20_000
     """Twice what one coordinator admits: its own and those held for one before it."""
+    settled_bytes_max: int = 64 * MIB
+    open_bytes_max: int = 128 * MIB
+    """Bounds on text as well: prompts of 256 KiB would fill the journal (512 MiB, together with the outcomes
+    below) long before there are too many of them, and a node whose journal is full is silent."""
     ended_max: int = 1024
     """Outcomes no coordinator has taken: what one worker makes in ten minutes at two a second."""
     tombstones_max: int = 100_000
@@ -56,6 +61,30 @@ class _Stored:
     at: float
     """When it was written, on this process's clock."""
 
+    @property
+    def n_bytes(self) -> int:
+        """Of text; the rest of a record is small."""
+        submit, outcome = self.record.submit, self.record.outcome
+        texts = [submit.prompt or "", *(message.content for message in submit.messages)]
+        texts += [outcome.text] if outcome is not None else []
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+class _Shelf(dict[TaskId, _Stored]):
+    """Records in the order they came, and how much text they hold."""
+
+    n_bytes = 0
+
+    def __setitem__(self, task: TaskId, stored: _Stored) -> None:
+        known = self.get(task)
+        self.n_bytes += stored.n_bytes - (known.n_bytes if known is not None else 0)
+        super().__setitem__(task, stored)
+
+    def remove(self, task: TaskId) -> _Stored | None:
+        stored = super().pop(task, None)
+        self.n_bytes -= stored.n_bytes if stored is not None else 0
+        return stored
+
 
 def task_key(task: TaskId) -> str:
     return f"task/{task}"
@@ -72,8 +101,8 @@ class RecordStore:
         self, *, now: float, journal: Mapping[str, Message] | None = None, config: StoreConfig | None = None
     ) -> None:
         self._config = config or StoreConfig()
-        self._open: dict[TaskId, _Stored] = {}
-        self._settled: dict[TaskId, _Stored] = {}  # in order of settling: dicts keep it
+        self._open = _Shelf()
+        self._settled = _Shelf()  # in order of settling
         self._tombstones: dict[TaskId, Tombstone] = {}
         self.ended: dict[tuple[TaskId, int], AttemptEnded] = {}
         """Own outcomes not yet taken by a coordinator."""
@@ -106,7 +135,8 @@ class RecordStore:
     @property
     def has_room(self) -> bool:
         """Whether one more open record may be kept."""
-        return len(self._open) < self._config.open_max
+        config = self._config
+        return len(self._open) < config.open_max and self._open.n_bytes < config.open_bytes_max
 
     def tombstone(self, task: TaskId) -> Tombstone | None:
         return self._tombstones.get(task)
@@ -120,21 +150,23 @@ class RecordStore:
             self._tombstones.pop(record.task, None)  # its coordinator knows better than an old memory
             self._open[record.task] = _Stored(record, now)
             return [Save(task_key(record.task), record)]
-        if settled is not None and settled.record.outcome is not None:
-            if outcome_rank(settled.record.outcome) <= outcome_rank(record.outcome):
-                return []
-            del self._settled[record.task]
+        known = settled.record.outcome if settled is not None else None
+        if known is not None and outcome_rank(known) <= outcome_rank(record.outcome):
+            return []
+        self._settled.remove(record.task)
         self._tombstones.pop(record.task, None)
-        self._open.pop(record.task, None)
+        self._open.remove(record.task)
         self._settled[record.task] = _Stored(record, now)
         effects: list[Effect] = [Save(task_key(record.task), record)]
-        while len(self._settled) > self._config.settled_max:
+        while len(self._settled) > self._config.settled_max or (
+            self._settled.n_bytes > self._config.settled_bytes_max and len(self._settled) > 1
+        ):
             effects += self.bury(next(iter(self._settled)))
         return effects
 
     def bury(self, task: TaskId) -> list[Effect]:
         """Erase a settled record; its tombstone stays."""
-        stored = self._settled.pop(task, None)
+        stored = self._settled.remove(task)
         if stored is None or stored.record.outcome is None:
             return []
         outcome = stored.record.outcome

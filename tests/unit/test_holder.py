@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.holder import Holder
-from coordinator.store import RecordStore, StoreConfig
+from coordinator.store import RecordStore, StoreConfig, task_key
 from coordinator.task import digest_of
 from mesh.core import Effect, Save, Send
 from mesh.fence import Fence
@@ -139,3 +139,23 @@ def test_settled_records_go_after_their_time() -> None:
 
 def test_what_is_not_for_a_holder_is_ignored() -> None:
     assert holder().receive(replace(record()), BOSS, 0) == []
+
+
+def test_a_store_is_bounded_in_bytes_too_so_that_its_journal_never_fills_up() -> None:
+    """A flood of the longest prompts: 2,048 of them would fill the journal, and silence every coordinator."""
+    config = StoreConfig(open_bytes_max=10_000, settled_bytes_max=10_000)
+    store = RecordStore(now=0, config=config)
+    for k in range(100):
+        store.put(record(f"open-{k}", prompt="x" * 1000), 0)
+    assert (store.n_records, store.has_room) == (10, False)
+    for k in range(100):
+        store.put(record(f"open-{k}", text="y" * 1000, prompt="x" * 1000), 1)
+    assert store.n_records == 5 and store.has_room, (
+        "the answers count, the oldest went, the open ones are none"
+    )
+    assert store.tombstone(TaskId("open-0")) is not None
+
+    journal = {task_key(one.task): one for one in store.records(2)}
+    again = RecordStore(now=0, journal=journal, config=config)
+    effects = again.put(record("one-more", text="y" * 1000, prompt="x" * 1000), 0)
+    assert len(effects) == 2 and again.n_records == 5, "counted after a restart as well"
