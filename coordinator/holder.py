@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from coordinator.store import RecordStore
 from coordinator.task import is_same
+from mesh.agreement.fence import Fence
 from mesh.core import Effect, Fact, Message, Send
-from mesh.fence import Fence
 from mesh.ids import NodeId
 from mesh.messages import AttemptEnded, AttemptId, Held, Hold, Inventory, Recall, StaleCommand, TaskRecord
 

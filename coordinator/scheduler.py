@@ -15,8 +15,8 @@ The safety argument, per task:
 2. It is assigned only when acknowledged, and settled only by ``Settlement.settle``, once (``Task.move``).
 3. The result is published when two disks have the outcome: this one and the worker's or a holder's.
 4. The worker keeps the outcome until a second disk has the settled record (``OutcomeTaken``).
-5. Workers and holders refuse an older epoch (``mesh.fence``), so whoever acts for an epoch that is over
-   gets no ``Held`` and acknowledges nothing.
+5. Workers and holders refuse an older epoch (``mesh.agreement.fence``), so whoever acts for one that is
+   over gets no ``Held`` and acknowledges nothing.
 
 The parts: ``intake`` (clients), ``attempts`` (workers), ``copies`` and ``settlement`` (disks),
 ``recovery`` (elections), all on one ``Term``. This file routes, and decides when.
@@ -41,9 +41,9 @@ from coordinator.store import RecordStore
 from coordinator.submissions import SubmissionBuffer, unknown_to
 from coordinator.task import Task, status_of
 from coordinator.term import Term
+from mesh.agreement.fence import Fence
 from mesh.core import FOREVER, Effect, Fact, Message, Send
 from mesh.facts import Deposed, Elected, LinkUp, MemberChanged
-from mesh.fence import Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId
 from mesh.messages import (
     AttemptEnded,

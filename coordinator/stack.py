@@ -16,13 +16,13 @@ from coordinator.placement import Policy, least_loaded
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore
 from coordinator.worker import Worker, WorkerConfig
+from mesh.agreement.election import Election, ElectionConfig
+from mesh.agreement.fence import FENCE_KEY, Fence
+from mesh.agreement.hosting import Hosting, HostingConfig
+from mesh.agreement.membership import Membership, MembershipConfig
 from mesh.core import FOREVER, Effect, Fact, Message, Notify, Stack
-from mesh.election import Election, ElectionConfig
 from mesh.facts import BrokerRef, OwnStanding
-from mesh.fence import FENCE_KEY, Fence
-from mesh.hosting import Hosting, HostingConfig
 from mesh.ids import EPOCH_ZERO, NodeId
-from mesh.membership import Membership, MembershipConfig
 from mesh.messages import EpochSeen, NodeInfo, NodeState
 
 __all__ = ["Cores", "build_cores"]

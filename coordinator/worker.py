@@ -25,9 +25,9 @@ from coordinator.facts import (
 )
 from coordinator.store import RecordStore
 from coordinator.task import CANCELLED_BY_CLIENT
+from mesh.agreement.fence import Fence
 from mesh.core import FOREVER, Broadcast, Effect, Fact, Message, Notify, Send
 from mesh.facts import Elected, Followed
-from mesh.fence import Fence
 from mesh.ids import NodeId, TaskId
 from mesh.messages import (
     Assign,

@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from mesh.bus import Bus, Heard
 from mesh.core import Broadcast, Core, Effect, Fact, Message, Notify, Save, Send
 from mesh.journal import JournalError
+from mesh.transport.bus import Bus, Heard
 
 __all__ = ["Driver", "Records"]
 

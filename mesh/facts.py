@@ -78,7 +78,7 @@ class MemberChanged:
 
     node: NodeId
     standing: str
-    """``alive``, ``suspect``, ``dead`` or ``left`` (``mesh.membership.Standing``)."""
+    """``alive``, ``suspect``, ``dead`` or ``left`` (``mesh.agreement.membership.Standing``)."""
     incarnation: int
 
 
@@ -110,7 +110,7 @@ class Superseded:
     boot: str
 
 
-# ── between mesh.hosting and the shell that probes peers and runs the broker ────────────────────────
+# ── between hosting and the shell that probes peers and runs the broker ─────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)

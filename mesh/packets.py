@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mesh import wire
-from mesh.bus import Heard
 from mesh.core import Message
 from mesh.errors import DecodeError
 from mesh.ids import MeshName, NodeId, TaskId, is_id
@@ -44,6 +43,7 @@ from mesh.topics import (
     Topic,
     topic_of,
 )
+from mesh.transport.bus import Heard
 
 __all__ = ["CLIENT", "Packet", "client_filters", "node_filters", "outgoing", "read"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mesh import messages as m
-from mesh.identity import CLIENT_COMMON_NAME
 from mesh.ids import MeshName
+from mesh.transport.identity import CLIENT_COMMON_NAME
 
 __all__ = ["BASE", "CLEARS", "TABLE", "Topic", "access_list", "topic_of"]
 

@@ -65,7 +65,7 @@ PROTOCOL_MAX = 1
 # The largest message between nodes is a task's record: a prompt (256 KiB), its other fields (about
 # 45 KiB at their bounds) and an answer (192 KiB, see ANSWER_BYTES_MAX). It also bounds what a hostile
 # frame makes us hold while it is decoded: the smallest msgpack object is one byte and becomes a Python
-# object of at most 64, so 32 MiB for a moment. Bulk bytes never come this way; see mesh.streams.
+# object of at most 64, so 32 MiB for a moment. Bulk bytes never come this way; see mesh.transport.streams.
 FRAME_BYTES_MAX = 512 * 1024
 
 # JSON may spell one character with six bytes (\u00e9), so the same message can be up to three times as

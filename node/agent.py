@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING
 from coordinator.facts import DrainChanged, EngineLost, EngineReady, StartAttempt, StopAttempt
 from coordinator.stack import Cores, build_cores
 from mesh.brokers.contract import BrokerSettings
-from mesh.bus import Heard
 from mesh.core import Fact
-from mesh.discovery import Advert, Discovery, Gone, Sighting
 from mesh.driver import Driver
 from mesh.errors import ConfigError, EdgemeshError
 from mesh.facts import (
@@ -42,28 +40,30 @@ from mesh.facts import (
     Superseded,
     UseBroker,
 )
-from mesh.identity import MeshKey
 from mesh.ids import NodeId, new_boot
-from mesh.interfaces import local_addresses
 from mesh.journal import Journal
 from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeState, PeerHello
 from mesh.messages.node import ADDRESSES_MAX
-from mesh.mqtt import MqttBus
 from mesh.packets import node_filters
-from mesh.streams import DEFAULT_PORT, PeerClient, PeerServer
 from mesh.topics import EVENT, RESULT, STATUS, STREAM, access_list
+from mesh.transport.bus import Heard
+from mesh.transport.discovery import Advert, Discovery, Gone, Sighting
+from mesh.transport.identity import MeshKey
+from mesh.transport.interfaces import local_addresses
+from mesh.transport.mqtt import MqttBus
+from mesh.transport.streams import DEFAULT_PORT, PeerClient, PeerServer
 from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
 from node import __version__
 from node.broker_host import BrokerHost
+from node.compute.models import DEFAULT_MODEL, resolve
+from node.faces.view import View, ViewBuilder
 from node.fact_log import log_fact
 from node.logs import say, set_up
-from node.models import DEFAULT_MODEL, resolve
 from node.peers import PROBE_TIMEOUT_S, Peers
 from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
 from node.signals import ending_signals
 from node.state import KnownBroker, NodeSlot, StateDir
-from node.view import View, ViewBuilder
 
 if TYPE_CHECKING:
     from node.worker import ComputeWorker
@@ -103,7 +103,7 @@ async def serve(settings: Settings) -> int:
             set_up(settings.log_format, settings.log_level)
             return await agent.run()
         set_up("text", settings.log_level, sink=agent.note)
-        from node.tui import screen
+        from node.faces.tui import screen
 
         return await agent.run(lambda: screen(agent.view))
 

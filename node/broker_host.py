@@ -1,4 +1,4 @@
-"""Runs the mesh's broker on this node while ``mesh.hosting`` wants one here."""
+"""Runs the mesh's broker on this node while ``mesh.agreement.hosting`` wants one here."""
 
 from __future__ import annotations
 

@@ -15,10 +15,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from random import SystemRandom
 
-from mesh.bus import Heard
 from mesh.errors import ConfigError, DecodeError, EdgemeshError, UnreachableError, WrongKeyError
 from mesh.facts import BrokerRef, LinkDown, LinkUp
-from mesh.identity import Identity, MeshKey, wrong_key
 from mesh.ids import NodeId, TaskId, new_boot
 from mesh.messages import (
     CancelTask,
@@ -31,14 +29,16 @@ from mesh.messages import (
     TaskStatus,
     TaskTokens,
 )
-from mesh.mqtt import MqttBus
 from mesh.packets import client_filters
 from mesh.topics import COORDINATOR, EVENT, INFO, METRICS, RESULT, STATE, STATUS, STREAM, Topic
+from mesh.transport.bus import Heard
+from mesh.transport.identity import Identity, MeshKey, wrong_key
+from mesh.transport.mqtt import MqttBus
 from node import __version__
+from node.faces.view import View, ViewBuilder
 from node.joining import known_key
 from node.settings import HostPort, Settings, broker_text
 from node.state import KnownBroker, StateDir
-from node.view import View, ViewBuilder
 
 __all__ = [
     "MeshClient",
@@ -157,8 +157,8 @@ async def _ask_around(settings: Settings, key: MeshKey, identity: Identity) -> B
         WrongKeyError: Only strangers of this name are here.
         UnreachableError: Nobody is here.
     """
-    from mesh.discovery import scan
-    from mesh.streams import PeerClient
+    from mesh.transport.discovery import scan
+    from mesh.transport.streams import PeerClient
 
     sightings = await scan(settings.mesh, SCAN_S, settings.interfaces)
     ours = [sighting for sighting in sightings if sighting.advert.fingerprint == key.fingerprint]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mesh.errors import ConfigError, WrongKeyError
-from mesh.identity import SECRET_BYTES, MeshKey
+from mesh.transport.identity import SECRET_BYTES, MeshKey
 from node.settings import Settings
 from node.state import StateDir
 
 if TYPE_CHECKING:
-    from mesh.discovery import Sighting
+    from mesh.transport.discovery import Sighting
 
 __all__ = ["SCAN_S", "JoinKey", "known_key", "needs_scan", "resolve_key", "settle_key"]
 
@@ -104,7 +104,7 @@ async def settle_key(settings: Settings, state: StateDir) -> JoinKey:
     """
     sightings: list[Sighting] = []
     if needs_scan(settings, state):
-        from mesh.discovery import scan
+        from mesh.transport.discovery import scan
 
         sightings = await scan(settings.mesh, SCAN_S, settings.interfaces)
     return resolve_key(settings, state, sightings)

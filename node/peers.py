@@ -1,7 +1,7 @@
 """Where other nodes may be found, and what they say when asked.
 
 An mDNS record, a seed or another peer's word only names an address. Each is asked over mutual TLS who it
-is before anything believes it; the answers go to ``mesh.hosting`` as facts.
+is before anything believes it; the answers go to ``mesh.agreement.hosting`` as facts.
 
 Anybody on the network can announce anything. So a rumour never takes the place of an address where the node
 has answered before, is never passed on, and waits behind the nodes that are known.
@@ -19,7 +19,7 @@ from mesh.errors import DecodeError, UnreachableError, WrongKeyError
 from mesh.facts import PeerHeard, PeerSilent
 from mesh.ids import NodeId, is_id
 from mesh.messages import PeerHello
-from mesh.streams import PeerClient
+from mesh.transport.streams import PeerClient
 from node.logs import say
 
 __all__ = ["PROBE_TIMEOUT_S", "Peers"]

@@ -41,7 +41,7 @@ ENV_PREFIX = "EDGEMESH_"
 CONFIG_VARIABLE = "EDGEMESH_CONFIG"
 CONFIG_BYTES_MAX = 1024 * 1024  # a full table is about 1 KiB; anything near this is another file
 SEED_PORT = 8470
-"""``mesh.streams.DEFAULT_PORT``, without importing that module's HTTP library into every command."""
+"""``mesh.transport.streams.DEFAULT_PORT``, without importing its HTTP library into every command."""
 TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]

@@ -36,7 +36,7 @@ from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId, is_id, new_node_id
 
 if TYPE_CHECKING:
-    from mesh.identity import Identity, MeshKey
+    from mesh.transport.identity import Identity, MeshKey
 
 __all__ = ["DEFAULT_MESH", "KnownBroker", "NodeSlot", "StateDir", "default_config_file", "default_state_dir"]
 
@@ -90,7 +90,7 @@ class NodeSlot:
         Raises:
             ConfigError: The directory cannot be written.
         """
-        from mesh.identity import issue
+        from mesh.transport.identity import issue
 
         return issue(key, self.node, self.path)
 
@@ -152,7 +152,7 @@ class StateDir:
         Raises:
             ConfigError: The file is damaged or cannot be read.
         """
-        from mesh.identity import MeshKey
+        from mesh.transport.identity import MeshKey
 
         path = self._mesh(mesh) / "key"
         with _readable_errors(path):
@@ -303,12 +303,12 @@ class StateDir:
         """The certificate of a client called ``name``, issued if it is not there yet.
 
         Our own commands are members: who runs them can read the key. Whoever is given nothing but a
-        certificate is not (``mesh.identity.issue_client``).
+        certificate is not (``mesh.transport.identity.issue_client``).
 
         Raises:
             ConfigError: ``name`` cannot be a file name, or the directory cannot be written.
         """
-        from mesh.identity import issue, issue_client
+        from mesh.transport.identity import issue, issue_client
 
         if not is_id(name):
             raise ConfigError(f"a client's name is 1 to 63 of a-z, 0-9 and '-', not at an end; got {name!r}")

@@ -40,7 +40,7 @@ from mesh.core import Fact
 from mesh.errors import DecodeError
 from mesh.ids import TaskId
 from mesh.messages import Assign, Outcome
-from node.compute_messages import (
+from node.compute.messages import (
     CODEC,
     LENGTH_BYTES,
     Ended,

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from mesh.bus import Heard
 from mesh.facts import LinkDown, LinkUp
 from mesh.ids import TaskId
 from mesh.messages import CancelTask, Submit, TaskResult, TaskStatus
 from mesh.topics import RESULT, STATUS
+from mesh.transport.bus import Heard
 from node.client import MeshClient, connected
 from node.local_mesh import LocalMesh
 from node.settings import Settings

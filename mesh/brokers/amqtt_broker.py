@@ -65,7 +65,7 @@ from mesh.brokers.contract import (
     BrokerSettings,
     BrokerStartError,
 )
-from mesh.identity import CLIENT_COMMON_NAME, peer_common_name
+from mesh.transport.identity import CLIENT_COMMON_NAME, peer_common_name
 
 __all__ = ["start_amqtt"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mesh.errors import ConfigError
-from mesh.identity import Identity
 from mesh.ids import MeshName
+from mesh.transport.identity import Identity
 
 __all__ = [
     "CLIENTS_MAX",
@@ -24,7 +24,7 @@ __all__ = [
 
 BrokerKind = Literal["mosquitto", "amqtt"]
 
-# Mosquitto 2.1's own default: what passes here passes on a site's broker. Bulk bytes travel by mesh.streams.
+# Mosquitto 2.1's own default: what passes here passes on a site's broker. Bulk bytes do not travel by broker.
 PACKET_BYTES_MAX = 2_000_000
 # Per client, not yet sent: Mosquitto's default count. At 1 KB a message it is a second of a busy mesh.
 QUEUED_MAX = 1000

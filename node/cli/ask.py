@@ -152,8 +152,8 @@ def _split(options: dict[str, Any]) -> tuple[Chosen, dict[str, Any]]:
 
 async def _run(chosen: Chosen, request: Submit, *, is_json: bool) -> int:
     from mesh.messages import TaskResult, TaskStatus, TaskTokens
-    from node.answer import Answer
     from node.client import TASK_ROWS, cancel_task, connected, submit
+    from node.faces.answer import Answer
 
     assert request.id is not None
     answer = Answer()

@@ -98,8 +98,8 @@ def version(is_json: bool) -> None:
 @settings_flags("model", "state_dir")
 def demo(keep: bool, **flags: Any) -> None:
     """Three real nodes on this device: they find each other, answer, and lose one."""
+    from node.compute.models import DEFAULT_MODEL, resolve
     from node.demo import run_demo
-    from node.models import DEFAULT_MODEL, resolve
 
     settings = choose(flags).settings
     model = settings.model or DEFAULT_MODEL

@@ -14,7 +14,7 @@ from mesh.ids import MeshName
 from node.cli.options import REACH, as_json, choose, settings_flags
 
 if TYPE_CHECKING:
-    from mesh.identity import Identity
+    from mesh.transport.identity import Identity
     from node.state import KnownBroker
 
 __all__ = ["COMMANDS", "ShellLines", "shell_lines"]

@@ -16,7 +16,7 @@ from mesh.units import bytes_text
 from node.cli.options import REACH, Chosen, as_json, choose, settings_flags
 
 if TYPE_CHECKING:
-    from node.view import View
+    from node.faces.view import View
 
 __all__ = ["COMMANDS"]
 
@@ -35,7 +35,7 @@ def _looking(function: F) -> F:
 @_looking
 def status(is_json: bool, watch: bool, **flags: Any) -> None:
     """Show nodes, coordinator, broker, tasks and events."""
-    from node.console import status_out
+    from node.faces.console import status_out
 
     _look(choose(flags), is_json, watch, lambda view: asdict(view), status_out)
 
@@ -44,7 +44,7 @@ def status(is_json: bool, watch: bool, **flags: Any) -> None:
 @_looking
 def nodes(is_json: bool, watch: bool, **flags: Any) -> None:
     """List the nodes and how they are doing."""
-    from node.console import nodes_out
+    from node.faces.console import nodes_out
 
     _look(
         choose(flags), is_json, watch,
@@ -58,7 +58,7 @@ def nodes(is_json: bool, watch: bool, **flags: Any) -> None:
 @_looking
 def tasks(task: str | None, is_json: bool, watch: bool, **flags: Any) -> None:
     """List the tasks the mesh still knows, or one TASK."""
-    from node.console import tasks_out
+    from node.faces.console import tasks_out
 
     def chosen_rows(view: View) -> list[Any]:
         return [row for row in view.tasks if task in (None, row.task)]
@@ -98,7 +98,7 @@ async def _each(views: AsyncGenerator[View, None], put: Callable[[View], None]) 
 
 
 async def _screen(views: AsyncGenerator[View, None]) -> None:
-    from node.tui import screen
+    from node.faces.tui import screen
 
     newest = [await anext(views)]
     shown = asyncio.create_task(screen(lambda: newest[0]), name="look.screen")
@@ -130,8 +130,8 @@ def _rounded(plain: Any) -> Any:
 @settings_flags("state_dir")
 def models(is_json: bool, **flags: Any) -> None:
     """List the models this device can serve, and which are here already."""
-    from node.console import table_out
-    from node.models import list_models
+    from node.compute.models import list_models
+    from node.faces.console import table_out
 
     rows = list_models(choose(flags).state.models_dir)
     if is_json:

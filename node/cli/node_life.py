@@ -28,7 +28,7 @@ ALL = (
 def join(**flags: Any) -> None:
     """Run a node in the foreground; the first one creates the mesh."""
     end_at_once()
-    from node.models import resolve
+    from node.compute.models import resolve
 
     chosen = choose(flags)
     if chosen.settings.compute and chosen.settings.model is not None:

@@ -70,7 +70,7 @@ def choose(flags: dict[str, Any]) -> Chosen:
     settings, state = loaded.settings, StateDir(loaded.settings.state_dir)
     is_named = loaded.origin["mesh"] != "default"
     if settings.code is not None:
-        from mesh.identity import MeshKey
+        from mesh.transport.identity import MeshKey
 
         key = MeshKey.from_code(settings.code)
         if is_named and key.name != settings.mesh:

@@ -17,8 +17,8 @@ __all__ = ["COMMANDS"]
 @click.pass_context
 def demo(ctx: click.Context, model: str | None, state_dir: Path | None, keep: bool) -> None:
     """Three nodes on this machine find each other and answer real questions."""
+    from node.compute.models import DEFAULT_MODEL
     from node.demo import run_demo
-    from node.models import DEFAULT_MODEL
     from node.state import default_state_dir
 
     where = (state_dir or default_state_dir() / "demo").absolute()

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from mesh.ids import TaskId
 from mesh.messages import Submit
-from node.backbone import load_backbone
-from node.compute_messages import Ended, Generate
-from node.convert import convert
-from node.model_engine import ModelEngine, Tokens
-from node.models import DEFAULT_MODEL, prepare, resolve
+from node.compute.backbone import load_backbone
+from node.compute.convert import convert
+from node.compute.messages import Ended, Generate
+from node.compute.model_engine import ModelEngine, Tokens
+from node.compute.models import DEFAULT_MODEL, prepare, resolve
 from node.profile import physical_cores
 from tests.benchmarks.report import Metric, Options, main, spread
 from tests.places import models_dir

@@ -28,8 +28,8 @@ import psutil
 
 from mesh.ids import MeshName, TaskId
 from mesh.messages import Submit
-from node.compute_messages import Generate
-from node.echo import EchoEngine
+from node.compute.echo import EchoEngine
+from node.compute.messages import Generate
 from node.local_mesh import LocalMesh, NodeProcess
 from tests.benchmarks.report import Metric, Options, main, percentile, spread
 from tests.integration.meshes import coordinator_of, elected, words

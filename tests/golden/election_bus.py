@@ -5,10 +5,10 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from random import Random
 
+from mesh.agreement.election import Election
+from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import Broadcast, Effect, Message, Notify, Save, Send
-from mesh.election import Election
 from mesh.facts import Deposed, Elected, Followed, LinkDown, LinkUp
-from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import EPOCH_ZERO, NodeId
 from mesh.messages import EpochSeen, LeaseRecord
 

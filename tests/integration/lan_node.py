@@ -17,13 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mesh.adverts import Advert, Gone, Sighting
-from mesh.discovery import Discovery, local_addresses
 from mesh.errors import EdgemeshError
-from mesh.identity import MeshKey, issue
 from mesh.ids import Boot, MeshName, NodeId
 from mesh.messages import PeerHello
-from mesh.streams import PeerClient, PeerServer
+from mesh.transport.adverts import Advert, Gone, Sighting
+from mesh.transport.discovery import Discovery, local_addresses
+from mesh.transport.identity import MeshKey, issue
+from mesh.transport.streams import PeerClient, PeerServer
 
 KEY = MeshKey.create("home", bytes(range(32)))
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from zeroconf import DNSOutgoing, ServiceInfo
 
-from mesh.adverts import Advert, Gone, txt_of
-from mesh.discovery import SERVICE_TYPE, Discovery
 from mesh.ids import Boot, MeshName, NodeId
+from mesh.transport.adverts import Advert, Gone, txt_of
+from mesh.transport.discovery import SERVICE_TYPE, Discovery
 
 N_FORGED = 3000  # services that read well
 N_BROKEN = 3000  # services that do not

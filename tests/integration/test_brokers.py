@@ -38,9 +38,9 @@ from mesh.brokers.contract import (
 )
 from mesh.brokers.probe import accepts_clients
 from mesh.errors import ConfigError
-from mesh.identity import Identity, MeshKey, issue, issue_client, wrong_key
 from mesh.ids import MeshName
 from mesh.topics import access_list
+from mesh.transport.identity import Identity, MeshKey, issue, issue_client, wrong_key
 
 KEY = MeshKey(MeshName("home"), bytes(range(32)))
 STRANGE_KEY = MeshKey(MeshName("home"), bytes(32))
@@ -896,7 +896,7 @@ import sys, threading
 import paho.mqtt.client as mqtt
 sys.path.insert(0, sys.argv[4])
 from pathlib import Path
-from mesh.identity import Identity
+from mesh.transport.identity import Identity
 pair = Path(sys.argv[2])
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="a")
 client.tls_set_context(Identity("a", pair.parent / "ca.pem", pair, pair).client_context())

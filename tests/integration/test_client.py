@@ -14,10 +14,8 @@ import pytest
 
 from mesh.broker import start_broker
 from mesh.brokers.contract import BrokerSettings, RunningBroker
-from mesh.bus import Heard
 from mesh.errors import UnreachableError, WrongKeyError
 from mesh.facts import BrokerRef, LinkUp
-from mesh.identity import MeshKey, issue
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId, new_boot
 from mesh.messages import (
     CancelTask,
@@ -30,9 +28,11 @@ from mesh.messages import (
     TaskStatus,
     TaskTokens,
 )
-from mesh.mqtt import MqttBus
 from mesh.packets import node_filters
 from mesh.topics import access_list
+from mesh.transport.bus import Heard
+from mesh.transport.identity import MeshKey, issue
+from mesh.transport.mqtt import MqttBus
 from node import client as client_module
 from node.client import TASK_ROWS, cancel_task, connected, drain_nodes, find_broker, snapshot, submit
 from node.settings import Settings

@@ -26,10 +26,10 @@ from coordinator.facts import (
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, Submit
-from node import compute as compute_module
 from node import worker as worker_module
-from node.compute import TextBatches
-from node.compute_messages import (
+from node.compute import __main__ as compute_module
+from node.compute.__main__ import TextBatches
+from node.compute.messages import (
     LENGTH_BYTES,
     Ended,
     Generate,

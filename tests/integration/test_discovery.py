@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import pytest
 
-from mesh.adverts import Advert, Gone, Sighting
-from mesh.discovery import Discovery, scan
 from mesh.ids import Boot, MeshName, NodeId
+from mesh.transport.adverts import Advert, Gone, Sighting
+from mesh.transport.discovery import Discovery, scan
 from tests.integration.namespaces import Host, Lan, why_not
 
 LOOPBACK = ("lo",)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.identity import MeshKey
+from mesh.transport.identity import MeshKey
 from node.local_mesh import LocalMesh
 
 LETTERS = 100_000  # of a prompt: what SQLite has allocated already is used up after a few

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mesh.bus import Heard
+from mesh.agreement.membership import MembershipConfig
 from mesh.facts import LinkUp
 from mesh.ids import NodeId, TaskId
-from mesh.membership import MembershipConfig
 from mesh.messages import NodeReport, Submit, TaskResult
 from mesh.topics import METRICS, RESULT
+from mesh.transport.bus import Heard
 from node.client import connected
 from node.state import StateDir
 from tests.integration.meshes import local_mesh

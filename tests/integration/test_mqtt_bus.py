@@ -21,9 +21,7 @@ from paho.mqtt.properties import Properties
 
 from mesh.broker import start_broker
 from mesh.brokers.contract import BrokerSettings
-from mesh.bus import Heard
 from mesh.facts import BrokerRef, LinkDown, LinkUp
-from mesh.identity import MeshKey, issue
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
 from mesh.messages import (
     Drain,
@@ -40,9 +38,11 @@ from mesh.messages import (
     TaskTokens,
     Unacceptable,
 )
-from mesh.mqtt import MqttBus
 from mesh.packets import CLIENT, client_filters, node_filters
 from mesh.topics import EVENT, RESULT, STATUS, STREAM, access_list
+from mesh.transport.bus import Heard
+from mesh.transport.identity import MeshKey, issue
+from mesh.transport.mqtt import MqttBus
 from tests.integration.site_broker import SiteBroker, free_port
 
 HOME = MeshName("home")
@@ -240,7 +240,7 @@ CHILD = """
 import asyncio, sys
 from mesh.facts import BrokerRef, LinkUp
 from mesh.messages import NodeState
-from mesh.mqtt import MqttBus
+from mesh.transport.mqtt import MqttBus
 from mesh.packets import node_filters
 
 async def main():

@@ -11,10 +11,10 @@ import pytest
 
 from mesh.core import Fact
 from mesh.facts import PeerHeard, PeerSilent
-from mesh.identity import Identity, MeshKey, issue
 from mesh.ids import Boot, NodeId
 from mesh.messages import PeerHello
-from mesh.streams import PeerClient, PeerServer
+from mesh.transport.identity import Identity, MeshKey, issue
+from mesh.transport.streams import PeerClient, PeerServer
 from node import peers
 from node.peers import Peers
 

@@ -18,9 +18,9 @@ from transformers import (
 
 from mesh.ids import TaskId
 from mesh.messages import ChatMessage, Submit
-from node.backbone import GenericBackbone, LlamaBackbone, Segment, load_backbone
-from node.compute_messages import Ended, Generate, Stop, Text
-from node.model_engine import PROMPT_PIECE_TOKENS, ModelEngine, Tokens
+from node.compute.backbone import GenericBackbone, LlamaBackbone, Segment, load_backbone
+from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.model_engine import PROMPT_PIECE_TOKENS, ModelEngine, Tokens
 
 N = 64
 

@@ -16,8 +16,8 @@ import pytest
 
 from mesh.broker import mosquitto_path
 from mesh.facts import BrokerRef
-from mesh.identity import MeshKey, issue
 from mesh.ids import MeshName
+from mesh.transport.identity import MeshKey, issue
 from node.local_mesh import LocalMesh
 from tests.integration.meshes import local_mesh
 from tests.integration.shell_client import needs_mosquitto_clients, subscribed

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mesh import streams
 from mesh.errors import ConfigError, DecodeError, UnreachableError, WrongKeyError
-from mesh.identity import Identity, MeshKey, issue, issue_client
 from mesh.ids import Boot, NodeId
 from mesh.messages import PeerHello
-from mesh.streams import DEFAULT_PORT, PeerClient, PeerServer
+from mesh.transport import streams
+from mesh.transport.identity import Identity, MeshKey, issue, issue_client
+from mesh.transport.streams import DEFAULT_PORT, PeerClient, PeerServer
 
 LOOPBACK = ("127.0.0.1",)
 

@@ -1,9 +1,10 @@
-"""A small world for ``mesh.hosting`` alone: nodes, cuttable links, brokers that die with their host."""
+"""A small world for ``mesh.agreement.hosting``: nodes, cuttable links, brokers that die with their host."""
 
 from __future__ import annotations
 
 from random import Random
 
+from mesh.agreement.hosting import Hosting
 from mesh.core import Notify
 from mesh.facts import (
     AskPeers,
@@ -19,7 +20,6 @@ from mesh.facts import (
     StopBroker,
     UseBroker,
 )
-from mesh.hosting import Hosting
 from mesh.ids import Boot, NodeId
 from mesh.messages import PeerHello
 

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.bus import Heard
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, MeshName, NodeId, TaskId
 from mesh.messages import (
@@ -36,6 +35,7 @@ from mesh.messages import (
 )
 from mesh.packets import Packet, read
 from mesh.topics import TABLE
+from mesh.transport.bus import Heard
 from mesh.wire import (
     FRAME_BYTES_MAX,
     JSON_BYTES_MAX,

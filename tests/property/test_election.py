@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.agreement.election import Election, Role
+from mesh.agreement.fence import Fence
 from mesh.core import Broadcast, Effect, Notify, Save, Send
-from mesh.election import Election, Role
 from mesh.facts import Deposed, Elected, Leaving, LinkDown, LinkUp, MemberChanged
-from mesh.fence import Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId
 from mesh.messages import EpochHint, EpochSeen, LeaseRecord, StaleCommand
 from tests.golden.election_bus import ElectionBus

@@ -1,4 +1,4 @@
-"""Promises of ``mesh.hosting``, each over many seeds and every small mesh size."""
+"""Promises of ``mesh.agreement.hosting``, each over many seeds and every small mesh size."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
+from mesh.agreement.hosting import PEERS_MAX, Hosting
 from mesh.core import Notify
 from mesh.facts import BrokerRef, PeerHeard, PeerSilent, UseBroker
-from mesh.hosting import PEERS_MAX, Hosting
 from mesh.ids import Boot, NodeId
 from mesh.messages import PeerHello
 from tests.property.hosting_world import HostingWorld

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.facts import StartAttempt
+from mesh.agreement.fence import FENCE_KEY
 from mesh.core import Save, Send
 from mesh.facts import Deposed, Elected, Followed, LinkUp
-from mesh.fence import FENCE_KEY
 from mesh.ids import EPOCH_ZERO, Epoch, TaskId
 from mesh.messages import Assign, Held, LeaseRecord, Outcome, TaskRecord, TaskResult
 from tests.sim.history import ClientHeard, History

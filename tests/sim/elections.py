@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from mesh.agreement.election import Election, Role
+from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import FOREVER, Core, Effect, Fact, Message, Save, Send, Stack
-from mesh.election import Election, Role
 from mesh.facts import Deposed, Elected, MemberChanged
-from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId, TaskId
 from mesh.messages import EpochSeen, Held, Recall, StaleCommand
 from tests.sim.faults import Faults, draw_faults

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+from mesh.agreement.hosting import Hosting
 from mesh.core import Fact
 from mesh.facts import (
     AskPeers,
@@ -16,7 +17,6 @@ from mesh.facts import (
     StopBroker,
     UseBroker,
 )
-from mesh.hosting import Hosting
 from mesh.ids import NodeId
 from mesh.messages import PeerHello
 from tests.sim.engine import EngineShell

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 
 from coordinator.stack import build_cores
+from mesh.agreement.membership import INCARNATION_KEY
 from mesh.core import Core, Message, Save
 from mesh.facts import BrokerRef
-from mesh.membership import INCARNATION_KEY
 from mesh.messages import NodeState
 from tests.sim.checkers import disks_agree
 from tests.sim.clients import SimClient, clients_of

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from coordinator.store import RecordStore, _Stored, task_key
+from mesh.agreement.election import Election, Role
+from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import Broadcast, Core, Effect, Fact, Message, Save, Send
-from mesh.election import Election, Role
 from mesh.facts import LinkUp
-from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import Epoch, NodeId
 from mesh.messages import Hold, LeaseRecord, Submit, TaskRecord, TaskStatus
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.election import ElectionConfig
+from mesh.agreement.election import ElectionConfig
 from tests.sim import checkers, mutants
 from tests.sim.elections import election_world, is_settled
 from tests.sim.faults import CALM

@@ -9,9 +9,9 @@ from coordinator.scheduler import Mode, Scheduler
 from coordinator.store import RecordStore
 from coordinator.task import CANCELLED_BY_CLIENT, digest_of
 from mesh import topics
+from mesh.agreement.fence import Fence
 from mesh.core import Broadcast, Effect, Send
 from mesh.facts import Elected, MemberChanged
-from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
     Assign,

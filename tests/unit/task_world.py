@@ -16,9 +16,9 @@ from coordinator.holder import Holder
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore
 from coordinator.worker import Worker
+from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import Broadcast, Effect, Message, Notify, Save, Send, Stack
 from mesh.facts import Elected, Followed, MemberChanged
-from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId, TaskId
 from mesh.messages import (
     Assign,

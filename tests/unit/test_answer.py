@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import TaskResult, TaskTokens
-from node.answer import Answer
+from node.faces.answer import Answer
 
 PIECE = TaskTokens(task=TaskId("t-1"), attempt=1, seq=0, text="", n_tokens=1)
 RESULT = TaskResult(

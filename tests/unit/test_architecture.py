@@ -12,34 +12,24 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {"mesh": 0, "coordinator": 1, "node": 2}
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "aiohttp": ("mesh/streams.py",),
-    "aiomqtt": ("mesh/mqtt.py",),
+    "aiohttp": ("mesh/transport/streams.py",),
+    "aiomqtt": ("mesh/transport/mqtt.py",),
     "amqtt": ("mesh/brokers/amqtt_broker.py",),
     "click": ("node/cli/",),
-    "cryptography": ("mesh/identity.py",),
-    "ifaddr": ("mesh/interfaces.py",),
+    "cryptography": ("mesh/transport/identity.py",),
+    "ifaddr": ("mesh/transport/interfaces.py",),
     "msgpack": ("mesh/wire.py",),
     "msgspec": ("mesh/wire.py",),
-    "paho": ("mesh/mqtt.py",),
+    "paho": ("mesh/transport/mqtt.py",),
     "platformdirs": ("node/state.py",),
     "psutil": ("node/profile.py",),
-    "rich": ("node/tui.py", "node/console.py"),
+    "rich": ("node/faces/tui.py", "node/faces/console.py"),
     "sqlite3": ("mesh/journal.py",),
-    "zeroconf": ("mesh/discovery.py",),
+    "zeroconf": ("mesh/transport/discovery.py",),
 }
 """One owner per third-party library: when it changes, one file changes."""
 
-PURE = (
-    "mesh/core.py",
-    "mesh/election.py",
-    "mesh/facts.py",
-    "mesh/fence.py",
-    "mesh/hosting.py",
-    "mesh/ids.py",
-    "mesh/membership.py",
-    "mesh/messages/",
-    "coordinator/",
-)
+PURE = ("mesh/core.py", "mesh/facts.py", "mesh/ids.py", "mesh/messages/", "mesh/agreement/", "coordinator/")
 """No I/O, no clock, no randomness of their own, no awaits: that is what makes them simulable."""
 
 IMPURE = {
@@ -48,10 +38,11 @@ IMPURE = {
 }  # fmt: skip
 
 COMPUTE = {"torch", "transformers", "peft", "safetensors", "gguf"}
-COMPUTE_FILES = (
-    "node/backbone.py", "node/compute.py", "node/convert.py", "node/generate.py", "node/linear.py",
-    "node/model_engine.py",
-)  # fmt: skip
+COMPUTE_FILES = tuple(
+    f"node/compute/{name}.py"
+    for name in ("__main__", "backbone", "convert", "generate", "linear", "model_engine")
+)
+"""The only files that import torch and its kin; the rest of the program starts without them."""
 
 
 def sources() -> list[Path]:

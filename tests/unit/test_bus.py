@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from mesh.bus import BoundedQueue, Heard
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
-from mesh.memory_bus import MemoryBus, MemoryNetwork
 from mesh.messages import Drain, LeaseRecord, NodeStanding, NodeState, Submit, TaskForgotten, TaskStatus
 from mesh.packets import CLIENT, Packet, client_filters, node_filters
 from mesh.topics import STATUS
+from mesh.transport.bus import BoundedQueue, Heard
+from mesh.transport.memory_bus import MemoryBus, MemoryNetwork
 
 HOME = MeshName("home")
 A, B = NodeId("a"), NodeId("b")

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mesh.errors import ConfigError, TaskError, UnreachableError, WrongKeyError
-from mesh.identity import MeshKey
 from mesh.ids import Epoch, MeshName, NodeId, TaskId
 from mesh.messages import TaskResult
 from mesh.topics import SUBMIT
+from mesh.transport.identity import MeshKey
 from node import __version__, logs
 from node.cli import ask
 from node.cli.main import cli, exit_code

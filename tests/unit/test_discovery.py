@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.adverts import TXT_BYTES_MAX, Advert, Sighting, read_txt, txt_of
 from mesh.ids import Boot, MeshName, NodeId
-from mesh.interfaces import chosen_interfaces, local_addresses, missing_names
+from mesh.transport.adverts import TXT_BYTES_MAX, Advert, Sighting, read_txt, txt_of
+from mesh.transport.interfaces import chosen_interfaces, local_addresses, missing_names
 from mesh.wire import PROTOCOL
 
 ADVERT = Advert(

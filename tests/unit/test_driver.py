@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from mesh.bus import Heard
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
 from mesh.driver import HEARD_MAX, QUEUE_MAX, Driver
 from mesh.ids import NodeId
 from mesh.journal import JournalError
+from mesh.transport.bus import Heard
 
 
 class World:

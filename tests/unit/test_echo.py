@@ -9,9 +9,9 @@ import pytest
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
 from mesh.messages import ChatMessage, Submit
-from node.compute_messages import Ended, Generate, Stop, Text
-from node.echo import CONTEXT_WORDS, EchoEngine
-from node.models import echo_rate
+from node.compute.echo import CONTEXT_WORDS, EchoEngine
+from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.models import echo_rate
 
 
 class Clock:

@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
+from mesh.agreement.election import TERM_MAX, Election, ElectionConfig, Role, promise_of
+from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save, Send
-from mesh.election import TERM_MAX, Election, ElectionConfig, Role, promise_of
 from mesh.facts import Deposed, Elected, Followed, Leaving, LinkDown, LinkUp, MemberChanged
-from mesh.fence import FENCE_KEY, Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId
 from mesh.messages import EpochHint, EpochSeen, LeaseKind, LeaseRecord, StaleCommand
 

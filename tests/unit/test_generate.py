@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.generate import Sampler, TextStream
-from node.threads import ThreadChoice
+from node.compute.generate import Sampler, TextStream
+from node.compute.threads import ThreadChoice
 
 
 def decode_bytes(ids: Sequence[int]) -> str:

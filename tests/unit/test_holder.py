@@ -7,8 +7,8 @@ from dataclasses import replace
 from coordinator.holder import Holder
 from coordinator.store import RecordStore, StoreConfig, task_key
 from coordinator.task import digest_of
+from mesh.agreement.fence import Fence
 from mesh.core import Effect, Save, Send
-from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
     AttemptEnded,

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError, WrongKeyError
-from mesh.identity import Identity, MeshKey, issue, peer_name, wrong_key
 from mesh.ids import MeshName
+from mesh.transport.identity import Identity, MeshKey, issue, peer_name, wrong_key
 
 KEY = MeshKey(MeshName("home"), bytes(range(32)))
 OTHER = MeshKey(MeshName("home"), bytes(range(1, 33)))

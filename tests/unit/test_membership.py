@@ -9,6 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.agreement.membership import (
+    INCARNATION_KEY,
+    INCARNATION_MAX,
+    Membership,
+    MembershipConfig,
+    Standing,
+    suspicion_s,
+)
 from mesh.core import FOREVER, Broadcast, Effect, Notify, Save
 from mesh.facts import (
     HostRefused,
@@ -23,14 +31,6 @@ from mesh.facts import (
     Superseded,
 )
 from mesh.ids import Boot, NodeId
-from mesh.membership import (
-    INCARNATION_KEY,
-    INCARNATION_MAX,
-    Membership,
-    MembershipConfig,
-    Standing,
-    suspicion_s,
-)
 from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeStanding, NodeState
 
 ME, PI = NodeId("me"), NodeId("pi")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import ConfigError, UnreachableError
-from node import models
-from node.models import Progress, Source, list_models, prepare, read_manifest, resolve
+from node.compute import models
+from node.compute.models import Progress, Source, list_models, prepare, read_manifest, resolve
 
 
 def nothing(text: str, fraction: float | None) -> None: ...
@@ -181,7 +181,7 @@ def test_a_local_directory_is_used_where_it_lies(tmp_path: Path) -> None:
 
 def test_listing_models_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from node.models import list_models;"
+        "import sys; from pathlib import Path; from node.compute.models import list_models;"
         f"rows = list_models(Path({str(tmp_path)!r}));"
         "assert [r.state for r in rows] == ['built in', 'not fetched'], rows;"
         "sys.exit('torch' in sys.modules)"

@@ -47,5 +47,5 @@ def test_a_container_s_limit_bounds_the_free_memory(tmp_path: Path) -> None:
 
 
 def test_it_never_imports_torch() -> None:
-    code = "import node.profile, node.models, node.worker, sys; sys.exit('torch' in sys.modules)"
+    code = "import node.profile, node.compute.models, node.worker, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False).returncode == 0

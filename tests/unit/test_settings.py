@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.errors import ConfigError
-from mesh.streams import DEFAULT_PORT
+from mesh.transport.streams import DEFAULT_PORT
 from node.settings import (
     SEED_PORT,
     TABLE,

@@ -14,8 +14,8 @@ import pytest
 
 from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
-from mesh.identity import MeshKey
 from mesh.ids import MeshName, NodeId
+from mesh.transport.identity import MeshKey
 from node import state as state_module
 from node.state import KnownBroker, StateDir
 

@@ -12,13 +12,13 @@ import pytest
 
 from mesh import messages as m
 from mesh.brokers.access import AccessList, anonymous_lines
-from mesh.bus import Heard
 from mesh.errors import DecodeError
-from mesh.identity import CLIENT_COMMON_NAME
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId, is_id
 from mesh.packets import CLIENT, Packet, node_filters, outgoing, read
 from mesh.topic_docs import STATEMENTS, asyncapi, protocol_markdown
 from mesh.topics import CLEARS, REPLY, TABLE, access_list, topic_of
+from mesh.transport.bus import Heard
+from mesh.transport.identity import CLIENT_COMMON_NAME
 
 HOME = MeshName("home")
 A, B = NodeId("a"), NodeId("b")

@@ -12,8 +12,8 @@ from rich.console import Console
 from mesh import messages as m
 from mesh.facts import LinkUp
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
-from node.tui import render
-from node.view import TaskRow, View, ViewBuilder
+from node.faces.tui import render
+from node.faces.view import TaskRow, View, ViewBuilder
 
 NODES = ("pi-4-3f9a2c", "jetson-orin-00a1b2", "the-laptop-with-a-very-long-name-77cc01", "phone-1a2b3c")
 JET = NodeId(NODES[1])

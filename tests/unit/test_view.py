@@ -7,7 +7,7 @@ from typing import Any
 from mesh import messages as m
 from mesh.facts import LinkDown, LinkUp
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
-from node.view import EVENTS_MAX, SILENCE_S, TASKS_MAX, NodeRow, TaskRow, View, ViewBuilder
+from node.faces.view import EVENTS_MAX, SILENCE_S, TASKS_MAX, NodeRow, TaskRow, View, ViewBuilder
 
 PI, JET = NodeId("pi-1"), NodeId("jet-1")
 T1 = TaskId("t-1")

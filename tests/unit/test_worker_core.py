@@ -15,9 +15,9 @@ from coordinator.facts import (
 )
 from coordinator.store import RecordStore
 from coordinator.worker import Worker, WorkerConfig
+from mesh.agreement.fence import Fence
 from mesh.core import Broadcast, Effect, Notify, Save, Send
 from mesh.facts import Followed
-from mesh.fence import Fence
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
     Assign,

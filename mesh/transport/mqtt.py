@@ -32,14 +32,14 @@ import aiomqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from mesh.bus import BoundedQueue, Heard, Traffic
 from mesh.core import Message
 from mesh.errors import DecodeError
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.ids import Boot, MeshName, NodeId
-from mesh.knock import knock
 from mesh.messages import NodeState
 from mesh.packets import Packet, outgoing, read
+from mesh.transport.bus import BoundedQueue, Heard, Traffic
+from mesh.transport.knock import knock
 from mesh.units import MIB
 
 __all__ = ["KEEPALIVE_S", "MqttBus"]
@@ -92,7 +92,7 @@ class _LinkFault(Exception):
 
 
 class MqttBus:
-    """A ``mesh.bus.Bus``; also the command line's, which gives the filters it wants and no will.
+    """A ``mesh.transport.bus.Bus``; also the command line's, which gives the filters it wants and no will.
 
     Args:
         filters: What to subscribe to on every connect (``mesh.packets.node_filters``).

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from node.linear import Linear
+from node.compute.linear import Linear
 
 __all__ = [
     "Backbone",

@@ -1,4 +1,4 @@
-"""Turns a GGUF file or a hub model into the directory ``node.backbone`` loads. Needs torch; done once."""
+"""Turns a GGUF file or a hub model into the directory ``node.compute.backbone`` loads. Done once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from mesh.errors import ConfigError, UnreachableError
-from node.models import Progress, Source
+from node.compute.models import Progress, Source
 
 __all__ = ["convert"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mesh.messages import Submit
-from node.compute_messages import Ended, Generate, Stop, Text
-from node.engine import Event, refusal, refused
-from node.models import echo_rate
+from node.compute.engine import Event, refusal, refused
+from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.models import echo_rate
 
 __all__ = ["EchoEngine"]
 
@@ -40,7 +40,7 @@ class _Attempt:
 
 
 class EchoEngine:
-    """See ``node.engine.Engine``."""
+    """See ``node.compute.engine.Engine``."""
 
     device = "cpu"
     context_tokens = CONTEXT_WORDS

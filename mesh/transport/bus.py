@@ -1,7 +1,7 @@
 """The bus: small messages through one broker. The interface, and the bounded queue its kinds share.
 
-``mesh.mqtt.MqttBus`` is the real one, ``mesh.memory_bus.MemoryBus`` its twin inside one process. Both make
-topics and payloads by ``mesh.packets`` and promise the same:
+``mesh.transport.mqtt.MqttBus`` is the real one, ``mesh.transport.memory_bus.MemoryBus`` its twin inside one
+process. Both make topics and payloads by ``mesh.packets`` and promise the same:
 
 * ``publish`` never blocks. Without a link, and beyond the bounds, a message is dropped and counted;
   cores repeat what matters.

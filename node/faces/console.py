@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from node.tui import header, node_table, task_table
-from node.view import NodeRow, TaskRow, View
+from node.faces.tui import header, node_table, task_table
+from node.faces.view import NodeRow, TaskRow, View
 
 __all__ = ["nodes_out", "status_out", "table_out", "tasks_out"]
 

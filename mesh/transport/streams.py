@@ -27,10 +27,10 @@ import aiohttp
 from aiohttp import web
 
 from mesh.errors import ConfigError, DecodeError, EdgemeshError, UnreachableError, WrongKeyError
-from mesh.identity import peer_name, wrong_key
 from mesh.ids import NodeId
 from mesh.messages import PeerHello
 from mesh.messages.node import ADDRESSES_MAX
+from mesh.transport.identity import peer_name, wrong_key
 from mesh.wire import decode_json, encode_json
 
 __all__ = ["DEFAULT_PORT", "PeerClient", "PeerServer"]

@@ -1,8 +1,8 @@
 """What computes attempts, one small step at a time: the seam between the compute process and a model.
 
-``node.echo`` and ``node.model_engine`` implement it. An engine is single-threaded and synchronous; the
-process around it (``node.compute``) looks for new messages between two steps, so a step is short: a
-piece of a prompt or one token for every running attempt.
+``node.compute.echo`` and ``node.compute.model_engine`` implement it. An engine is single-threaded and
+synchronous; the process around it (``node.compute``) looks for new messages between two steps, so a step
+is short: a piece of a prompt or one token for every running attempt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from coordinator.cluster import serves
-from node.compute_messages import Ended, Generate, Stop, Text
+from node.compute.messages import Ended, Generate, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
 

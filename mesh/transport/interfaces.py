@@ -2,7 +2,7 @@
 
 A laptop shows ten addresses and one of them works: container bridges, tunnels and cables that are not
 plugged in look like networks. We leave out those that never lead to another device, advertise all the
-others, and let the receiver find out by asking (``mesh.streams.PeerClient.probe``).
+others, and let the receiver find out by asking (``mesh.transport.streams.PeerClient.probe``).
 """
 
 from __future__ import annotations

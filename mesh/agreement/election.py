@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
+from mesh.agreement.fence import Fence
 from mesh.core import FOREVER, Broadcast, Effect, Fact, Message, Notify, Send
 from mesh.facts import Deposed, Elected, Followed, Leaving, LinkDown, LinkUp, MemberChanged
-from mesh.fence import Fence
 from mesh.ids import EPOCH_ZERO, Epoch, NodeId
 from mesh.messages import EpochHint, LeaseKind, LeaseRecord, StaleCommand
 
@@ -50,7 +50,7 @@ TTL_MAX_S = 30.0
 # Ranks beyond it wait alike (plus chance): at 1,000 nodes the last may not wait for minutes.
 RANK_MAX = 8
 
-# Only ids for ranking; as many as ``mesh.membership`` keeps.
+# Only ids for ranking; as many as ``mesh.agreement.membership`` keeps.
 RANKED_MAX = 4096
 
 # Unheard beats that may still come back. Older ones are over anyway: ttl / beat_every is about four.

@@ -10,13 +10,13 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 
-from mesh.bus import BoundedQueue, Heard, Traffic
 from mesh.core import Message
 from mesh.errors import DecodeError
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.ids import MeshName, NodeId
 from mesh.messages import NodeState
 from mesh.packets import Packet, outgoing, read
+from mesh.transport.bus import BoundedQueue, Heard, Traffic
 
 __all__ = ["MemoryBroker", "MemoryBus", "MemoryNetwork"]
 
@@ -86,7 +86,7 @@ class MemoryBroker:
 
 
 class MemoryBus:
-    """A ``mesh.bus.Bus`` on a ``MemoryNetwork``; made with the same arguments as ``mesh.mqtt.MqttBus``."""
+    """A ``Bus`` on a ``MemoryNetwork``; made with the same arguments as ``mesh.transport.mqtt.MqttBus``."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 Every node registers one service instance of ``_edgemesh._tcp.local.`` named by its node id. The TXT record
 (below 400 bytes) says which mesh, which life of the node, and which broker it uses; nothing in it is
-secret and nothing in it is believed before the node itself was asked (``mesh.streams``).
+secret and nothing in it is believed before the node itself was asked (``mesh.transport.streams``).
 
 mDNS finds, it is not the heartbeat: a node that was killed stays in other caches for up to 75 minutes, a
 ``Gone`` can be forged by anybody, and Wi-Fi access points drop multicast. So:
@@ -36,9 +36,9 @@ from typing import Self
 from zeroconf import DNSQuestionType, IPVersion, NotRunningException, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from mesh.adverts import TXT_READ_BYTES_MAX, Advert, Gone, Sighting, read_txt, txt_of
 from mesh.ids import Boot, NodeId, is_id
-from mesh.interfaces import LOOPBACK, chosen_interfaces, local_addresses, missing_names
+from mesh.transport.adverts import TXT_READ_BYTES_MAX, Advert, Gone, Sighting, read_txt, txt_of
+from mesh.transport.interfaces import LOOPBACK, chosen_interfaces, local_addresses, missing_names
 
 __all__ = ["SERVICE_TYPE", "Advert", "Discovery", "Gone", "Sighting", "local_addresses", "scan"]
 

@@ -3,7 +3,7 @@
 A model is asked for by one name, whatever it is:
 
     smollm2-135m            the catalogue (``CATALOGUE``): known source, known digest
-    echo, echo:20           built in, see ``node.echo``
+    echo, echo:20           built in, see ``node.compute.echo``
     org/name                a model of the Hugging Face hub
     ./dir, /path/to/dir     a local directory as ``save_pretrained`` writes it
     ./file.gguf             a local GGUF file

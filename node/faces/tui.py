@@ -31,7 +31,7 @@ from rich.text import Text
 
 from mesh.messages.task import TERMINAL_STATES
 from mesh.units import bytes_text, seconds_text
-from node.view import EventRow, NodeRow, TaskRow, View
+from node.faces.view import EventRow, NodeRow, TaskRow, View
 
 __all__ = ["event_lines", "header", "node_table", "render", "screen", "task_table"]
 

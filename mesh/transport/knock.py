@@ -33,7 +33,7 @@ class Knocked:
 
 async def knock(addresses: Sequence[str], port: int) -> Knocked:
     """Ask all ``addresses`` at once; the first to accept wins, the earlier one in a tie."""
-    knocks = {asyncio.create_task(_knock(address, port), name="mesh.knock"): address for address in addresses}
+    knocks = {asyncio.create_task(_knock(address, port), name="knock"): address for address in addresses}
     faults: dict[str, OSError | TimeoutError] = {}
     try:
         pending = set(knocks)

@@ -2,7 +2,7 @@
 
 It is a process of its own so that nothing in it reaches the node: not a forward pass of seconds, not
 four seconds of importing torch under the interpreter's lock, not the kernel killing it for memory (see
-``docs/adr/0007-compute-in-a-child-process.md``). It speaks ``node.compute_messages`` over its standard
+``docs/adr/0007-compute-in-a-child-process.md``). It speaks ``node.compute.messages`` over its standard
 input and output; whatever else prints goes to standard error.
 
 It ends when its input ends, and on Linux the kernel kills it with its parent.
@@ -25,7 +25,9 @@ from typing import Any
 
 from mesh.errors import ConfigError, DecodeError, UnreachableError
 from mesh.units import bytes_text
-from node.compute_messages import (
+from node.compute.echo import EchoEngine
+from node.compute.engine import Engine, Event
+from node.compute.messages import (
     Ended,
     Generate,
     Load,
@@ -37,9 +39,7 @@ from node.compute_messages import (
     frame,
     read_frame,
 )
-from node.echo import EchoEngine
-from node.engine import Engine, Event
-from node.models import CATALOGUE, Progress, Source, prepare, resolve
+from node.compute.models import CATALOGUE, Progress, Source, prepare, resolve
 from node.profile import memory_free_bytes, physical_cores
 
 __all__ = ["TextBatches", "main"]
@@ -198,8 +198,8 @@ def _load(load: Load, say: Say) -> tuple[Engine, str]:
 
     import torch
 
-    from node.backbone import best_device, load_backbone
-    from node.model_engine import ModelEngine, Tokens
+    from node.compute.backbone import best_device, load_backbone
+    from node.compute.model_engine import ModelEngine, Tokens
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
@@ -216,7 +216,7 @@ def _convert(source: Source, gguf: Path | None, into: Path, progress: Progress) 
         weight_bytes = CATALOGUE[source.name].weight_bytes
         _check_memory(f"converting {source.display}", CONVERT_FACTOR * weight_bytes + RUNTIME_BYTES)
     progress(f"converting {source.display}", 0.0)
-    from node.convert import convert
+    from node.compute.convert import convert
 
     convert(source, gguf, into, progress)
 

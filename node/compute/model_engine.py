@@ -24,11 +24,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mesh.messages import Submit
 from mesh.messages.task import ANSWER_BYTES_MAX
-from node.backbone import Backbone, Segment
-from node.compute_messages import Ended, Generate, Stop, Text
-from node.engine import Event, refusal, refused
-from node.generate import Sampler, TextStream
-from node.threads import ThreadChoice
+from node.compute.backbone import Backbone, Segment
+from node.compute.engine import Event, refusal, refused
+from node.compute.generate import Sampler, TextStream
+from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.threads import ThreadChoice
 
 __all__ = ["ModelEngine", "Tokens"]
 
@@ -99,7 +99,7 @@ class _Sequence:
 
 
 class ModelEngine:
-    """See ``node.engine.Engine``. ``names`` are all names this model answers to, its own first."""
+    """See ``node.compute.engine.Engine``. ``names`` are all names this model answers to, its own first."""
 
     slots = SLOTS
 
