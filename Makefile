@@ -23,7 +23,7 @@ demo: $(READY)  ## Three nodes on this machine find each other and answer real p
 	@$(BIN)/edgemesh demo --state-dir .demo/state
 
 test: $(READY) check  ## Formatting, types and all tests that take minutes, not hours
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(READY)  ## The long runs: more seeds, more kills
 	@EDGEMESH_LONG=1 $(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800

@@ -168,10 +168,11 @@ class Settlement:
             effects.append(Send(runner, stop))
         effects += self.conclude(task, now)
         effects += self._copies.attend(task, self._term.epoch, now)
-        while self._ledger.n_settled > self._config.settled_max:
-            oldest = self._ledger.oldest_settled
-            if oldest is None or not oldest.is_published:
-                break  # its second disk is a second away
+        while (oldest := self._ledger.oldest_settled) is not None and oldest.is_published:
+            # The store also counts bytes: what it has buried, the ledger need not remember either.
+            is_buried = self._store.get(oldest.id, now) is None
+            if not is_buried and self._ledger.n_settled <= self._config.settled_max:
+                break
             effects += self._drop(oldest)
         return effects
 

@@ -80,6 +80,10 @@ class BrokerHost:
         settings = replace(self._settings, addresses=self._listen())
         if settings.plain_port == 0 and _is_free(MQTT_PORT):
             settings = replace(settings, plain_port=MQTT_PORT)
+        if settings.plain_port and not _is_free(settings.plain_port):
+            text = f"port {settings.plain_port} is taken; the plain listener takes another: see --plain-port"
+            say(log, "plain_port_taken", text, logging.WARNING, plain_port=settings.plain_port)
+            settings = replace(settings, plain_port=0)
         try:
             self._broker = await start_broker(settings)
         except (EdgemeshError, OSError) as error:

@@ -14,7 +14,7 @@ from random import Random
 from coordinator.facts import AttemptFinished, AttemptText, EngineReady, StartAttempt, StopAttempt
 from coordinator.holder import Holder
 from coordinator.scheduler import Scheduler, SchedulerConfig
-from coordinator.store import RecordStore
+from coordinator.store import RecordStore, StoreConfig
 from coordinator.worker import Worker
 from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.core import Broadcast, Effect, Message, Notify, Save, Send, Stack
@@ -108,6 +108,7 @@ class World:
     delay_s: tuple[float, float] = (0.001, 0.001)
     service_s: float = 0.5
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    disk: StoreConfig = field(default_factory=StoreConfig)
     slots: int = 2
     answer: Callable[[Assign], Outcome] = answer_of
 
@@ -136,7 +137,7 @@ class World:
             host.is_up, host.incarnation, host.running = True, host.incarnation + 1, {}
             seen = host.journal.get(FENCE_KEY)
             host.fence = Fence(seen.epoch if isinstance(seen, EpochSeen) else EPOCH_ZERO)
-            host.store = RecordStore(now=self.now, journal=host.journal)
+            host.store = RecordStore(now=self.now, journal=host.journal, config=self.disk)
             rng = Random(f"{self.seed}/{name}/{host.incarnation}")
             host.scheduler = Scheduler(
                 me=host.node, fence=host.fence, store=host.store, rng=rng, config=self.config

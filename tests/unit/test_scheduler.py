@@ -9,6 +9,7 @@ from coordinator.attempts import AttemptsConfig
 from coordinator.copies import rendezvous
 from coordinator.scheduler import Mode, SchedulerConfig
 from coordinator.settlement import SettlementConfig
+from coordinator.store import StoreConfig
 from mesh.core import Broadcast
 from mesh.facts import Deposed, LinkUp, MemberChanged
 from mesh.ids import Epoch, NodeId, TaskId
@@ -531,6 +532,17 @@ def test_the_ledger_remembers_a_bounded_number_of_settled_tasks() -> None:
         world.run(0.5)
     assert len(world.scheduler.statuses(world.now)) == 5
     assert len(world.heard(TaskForgotten)) == 25
+
+
+def test_what_the_store_buried_for_its_size_the_ledger_forgets_too() -> None:
+    """Prompts of 256 KiB: 4,096 of them would be a gigabyte of memory, though not of disk."""
+    world = mesh(1, disk=StoreConfig(settled_bytes_max=20_000), service_s=0.01)
+    for i in range(30):
+        world.say(ask("p" * 4_000, id=TaskId(f"t{i}")))
+        world.run(0.5)
+    n_remembered = len(world.scheduler.statuses(world.now))
+    assert 0 < n_remembered <= 5
+    assert len(world.heard(TaskForgotten)) == 30 - n_remembered
 
 
 def test_the_order_of_simultaneous_arrivals_changes_nothing_but_ids() -> None:
