@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # One turn's share: enough to group a burst into one fsync, small enough that a beat never waits long.
 TURN_INPUTS_MAX = 64
+# A disk that commits faster than this is waited for on the loop: the way to a thread and back costs as
+# much. A slower one (an SD card takes 5 to 50 ms) must not hold up the reading of the bus.
+COMMIT_HERE_S = 0.003
 # Inputs waiting for a turn, and how many of them may come from the bus; beyond, the broker holds the rest.
 # Whoever floods the mesh while a disk is slow must not take the room of this process's own facts.
 QUEUE_MAX = 4096
@@ -45,7 +48,7 @@ class Records(Protocol):
     def commit(self) -> None:
         """Make all staged records durable, or raise ``JournalError`` and keep them staged.
 
-        Blocks for the disk; called off the event loop.
+        Blocks for the disk; called off the event loop unless the disk has shown to be fast.
         """
 
 
@@ -74,6 +77,7 @@ class Driver:
         self._on_heard = on_heard
         self._now = now
         self._is_mute = False
+        self._commit_s = 2 * COMMIT_HERE_S  # unknown yet: the first few tell, from the thread
         self._inputs: asyncio.Queue[Heard | Fact] = asyncio.Queue(QUEUE_MAX)
         self._room = asyncio.Semaphore(HEARD_MAX)
 
@@ -160,8 +164,12 @@ class Driver:
                     pass  # a save, durable above; or a message of a node that must be silent
 
     async def _commit(self) -> None:
+        started_at = time.perf_counter()
         try:
-            await asyncio.to_thread(self._journal.commit)
+            if self._commit_s < COMMIT_HERE_S:
+                self._journal.commit()
+            else:
+                await asyncio.to_thread(self._journal.commit)
         except JournalError as error:  # it stays staged; the next turn tries again
             if not self._is_mute:
                 log.error("%s; this node is silent until its disk takes records again", error)
@@ -170,3 +178,5 @@ class Driver:
             if self._is_mute:
                 log.warning("the disk takes records again; this node speaks again")
             self._is_mute = False
+        # One slow commit (an SD card that tidies up) sends the next few to the thread again.
+        self._commit_s = max(time.perf_counter() - started_at, 0.9 * self._commit_s)

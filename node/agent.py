@@ -73,6 +73,7 @@ __all__ = ["Agent", "serve"]
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
+ADDRESSES_EVERY_S = 10.0  # 1 ms of a small CPU each; discovery itself looks more often
 STRANGERS_MAX = 64  # warned of by name; more is somebody playing
 FAREWELL_S = 3.0  # to tell the others goodbye; a broker that hangs must not keep the process
 EXIT_SUPERSEDED = 2  # the operator must act; starting again would not help
@@ -99,7 +100,7 @@ async def serve(settings: Settings) -> int:
     rng = Random(int.from_bytes(os.urandom(16)))
     with state.claim_node_slot(settings.mesh, settings.name or socket.gethostname(), rng) as slot:
         agent = Agent(settings, state, key, slot, rng)
-        if settings.headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not agent.has_screen:
             set_up(settings.log_format, settings.log_level)
             return await agent.run()
         set_up("text", settings.log_level, sink=agent.note)
@@ -114,6 +115,7 @@ class Agent:
     def __init__(
         self, settings: Settings, state: StateDir, key: MeshKey, slot: NodeSlot, rng: Random
     ) -> None:
+        self.has_screen = not settings.headless and sys.stdin.isatty() and sys.stdout.isatty()
         self._settings = settings
         self._state = state
         self._key = key
@@ -153,7 +155,7 @@ class Agent:
             external=settings.broker,
         )
         # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
-        rows = [] if settings.headless else [STATUS, STREAM, RESULT, EVENT]
+        rows = [STATUS, STREAM, RESULT, EVENT] if self.has_screen else []
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,
@@ -173,7 +175,7 @@ class Agent:
             bus=self.bus,
             journal=self._journal,
             on_fact=self._on_fact,
-            on_heard=self._on_heard,
+            on_heard=self._on_heard if self.has_screen else lambda heard: None,
         )
         self._peers = Peers(
             me=self.node,
@@ -259,6 +261,7 @@ class Agent:
                 group.create_task(self._watch_discovery(), name="discovery"),
                 group.create_task(self._announce(), name="announce"),
                 group.create_task(self._report(), name="report"),
+                group.create_task(self._watch_addresses(), name="addresses"),
             ]
             broker = group.create_task(self._broker_host.run(), name="broker_host")
             if self._worker is not None:
@@ -434,6 +437,14 @@ class Agent:
         self._info = replace(self._info, **changes)  # type: ignore[arg-type]
         self._driver.learn(OwnInfo(self._info))
 
+    async def _watch_addresses(self) -> None:
+        """A cable, a lease or a network comes or goes: the others read of it in this node's info."""
+        while True:
+            await asyncio.sleep(ADDRESSES_EVERY_S)
+            addresses = self._addresses()
+            if addresses != self._info.addresses:
+                self._change_info(addresses=addresses)
+
     async def _report(self) -> None:
         """Every second: proof of life. Also notices when a draining node has become idle."""
         while True:
@@ -451,8 +462,6 @@ class Agent:
                     )
                 )
             )  # fmt: skip
-            if self._addresses() != self._info.addresses:  # a cable, a lease, a network came or went
-                self._change_info(addresses=self._addresses())
             if self._draining_to_leave and self.cores.worker.is_idle:
                 self.stop()
             await asyncio.sleep(REPORT_EVERY_S)

@@ -50,6 +50,7 @@ class Traffic:
     def __init__(self, client: MeshClient) -> None:
         self._client = client
         self._asked_at: dict[TaskId, float] = {}
+        self._unacknowledged: set[TaskId] = set()
         self._news = asyncio.Condition()
         self.linked = asyncio.Event()
         self.submitted: dict[TaskId, Submit] = {}
@@ -62,6 +63,7 @@ class Traffic:
         assert request.id is not None
         self.submitted[request.id] = request
         self._asked_at[request.id] = time.monotonic()
+        self._unacknowledged.add(request.id)
         self._client.publish(request)
         return request.id
 
@@ -132,15 +134,15 @@ class Traffic:
                 self._news.notify_all()
 
     def _repeat(self, now: float, *, everything: bool = False) -> None:
-        for task, request in self.submitted.items():
-            is_open = not self.results[task] if everything else task not in self.acknowledged_at
-            if (
-                is_open
-                and self.linked.is_set()
-                and now - self._asked_at[task] >= (0 if everything else REPEAT_S)
-            ):
+        self._unacknowledged -= self.acknowledged_at.keys()
+        if everything:
+            tasks = {task for task in self.submitted if not self.results[task]}
+        else:
+            tasks = {task for task in self._unacknowledged if now - self._asked_at[task] >= REPEAT_S}
+        if self.linked.is_set():
+            for task in sorted(tasks):
                 self._asked_at[task] = now
-                self._client.publish(request)
+                self._client.publish(self.submitted[task])
 
 
 def _end(result: TaskResult) -> tuple[str, str, str | None]:
