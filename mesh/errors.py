@@ -6,8 +6,7 @@
     ├── UnreachableError       the operator or time: nobody answered (exit code 4)
     ├── PeerError              nobody: drop the message, keep serving
     │   └── DecodeError        the bytes are not a message we accept
-    ├── TaskError              the ledger settles the task with this reason
-    └── TransferError          try another replica
+    └── TaskError              the ledger settles the task with this reason
 
 Refusals are values (see ``coordinator.admission``), impossibilities are ``assert``s with a sentence.
 ``code`` is the stable name that travels on the wire and is printed by the command line.
@@ -21,7 +20,6 @@ __all__ = [
     "EdgemeshError",
     "PeerError",
     "TaskError",
-    "TransferError",
     "UnreachableError",
     "WrongKeyError",
 ]
@@ -67,9 +65,3 @@ class TaskError(EdgemeshError):
     """The work itself failed; the ledger settles the task as failed with this reason."""
 
     code = "task"
-
-
-class TransferError(EdgemeshError):
-    """Bytes did not arrive whole from one replica; another may have them."""
-
-    code = "transfer"

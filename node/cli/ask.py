@@ -226,10 +226,6 @@ async def _cancel(chosen: Chosen, task: str, *, is_json: bool) -> int:
     return 0
 
 
-def _without_a_word(request: Submit) -> TaskError:
-    return TaskError(f"task {request.id} ended without a word: `edgemesh tasks {request.id}` may know more")
-
-
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────
 
 

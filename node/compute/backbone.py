@@ -46,17 +46,12 @@ __all__ = [
 CONTEXT_TOKENS_MAX = 8192
 
 
-class States(Protocol):
-    """What a sequence has left in the model; opaque outside its backbone."""
-
-    length: int
-
-
 @dataclass(frozen=True, slots=True)
 class Segment:
     """``ids`` go on from where ``states`` end; the pass leaves them there, that many tokens longer."""
 
     states: Any
+    """What the sequence has left in the model; opaque outside its backbone."""
     ids: Sequence[int]
 
 
@@ -315,7 +310,7 @@ class _Weights:
     """The tensors in a directory's safetensors files by name, read (mapped) one at a time."""
 
     def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self._dtype = dtype
         index = directory / "model.safetensors.index.json"
         files = ["model.safetensors"]
         if index.exists():
