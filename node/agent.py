@@ -227,8 +227,7 @@ class Agent:
 
     async def run(self, screen: Callable[[], Coroutine[None, None, None]] | None = None) -> int:
         """Live until told to stop. ``screen`` shows the mesh meanwhile and returns when the user quits."""
-        started_at = time.monotonic()
-        self._started_at = started_at
+        self._started_at = time.monotonic()
         say(
             log,
             "starting",
