@@ -311,4 +311,5 @@ def result_of(task: Task) -> TaskResult:
         queue_s=outcome.queue_s,
         ttft_s=outcome.ttft_s,
         service_s=outcome.service_s,
+        output=outcome.output,
     )

@@ -1,6 +1,6 @@
 """Keeps a compute process alive and translates between its frames and the node's facts.
 
-    StartAttempt, StopAttempt ──▶ Generate, Stop ─▷ child
+    StartAttempt, StopAttempt ──▶ Run, Stop ─▷ child
     child ─▷ Loading, Ready, Text, Ended ──▶ activity, EngineReady, AttemptText, AttemptFinished
 
     absent ──start──▶ loading ──Ready──▶ ready ──exit──▶ absent, and again after a pause
@@ -44,11 +44,11 @@ from node.compute.messages import (
     CODEC,
     LENGTH_BYTES,
     Ended,
-    Generate,
     Load,
     LoadFailed,
     Loading,
     Ready,
+    Run,
     Stop,
     Text,
     frame,
@@ -96,7 +96,15 @@ class ComputeWorker:
         rng: Random | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        self._load = Load(model=model, models_dir=str(models_dir), precision=precision, threads=threads)
+        self._load = Load(
+            model=model,
+            models_dir=str(models_dir),
+            adapters_dir=str(models_dir.parent / "adapters"),
+            datasets_dir=str(models_dir.parent / "datasets"),
+            features_dir=str(models_dir.parent / "features"),
+            precision=precision,
+            threads=threads,
+        )
         self._learn = learn
         self._rng = rng or Random()
         self._command = tuple(command)
@@ -142,7 +150,7 @@ class ComputeWorker:
                     self._finish(assign, _lost(assign, f"no model is loaded: {self.activity}"))
                     return
                 self._running[assign.task, assign.attempt] = assign
-                self._say(Generate(task=assign.task, attempt=assign.attempt, submit=assign.submit))
+                self._say(Run(task=assign.task, attempt=assign.attempt, submit=assign.submit))
             case StopAttempt(task=task, attempt=attempt, reason=reason):
                 if (task, attempt) in self._running:
                     self._say(Stop(task=task, attempt=attempt, reason=reason))

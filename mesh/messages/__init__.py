@@ -3,6 +3,8 @@
 ``node``       who is here and how it is doing
 ``agreement``  who coordinates
 ``task``       what clients ask, and what coordinator and workers tell one another about it
+``tune``       what a tuning task asks, and its progress
+``output``     what tasks give besides text
 
 Fields carry units in their names. Times on the wire are lengths (seconds left), never points on a
 clock: edge devices share no clock. Checks in ``__post_init__`` are written so that NaN fails them, and
@@ -11,6 +13,7 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
 from mesh.messages.node import Drain, NodeForgotten, NodeInfo, NodeReport, NodeStanding, NodeState, PeerHello
+from mesh.messages.output import AdapterCard, Output
 from mesh.messages.task import (
     Assign,
     AttemptEnded,
@@ -30,6 +33,7 @@ from mesh.messages.task import (
     Submit,
     TaskEvent,
     TaskForgotten,
+    TaskKind,
     TaskRecord,
     TaskReply,
     TaskResult,
@@ -38,8 +42,10 @@ from mesh.messages.task import (
     TaskTokens,
     Unacceptable,
 )
+from mesh.messages.tune import TaskProgress, TuneSpec, TuneTask
 
 __all__ = [
+    "AdapterCard",
     "Assign",
     "AttemptEnded",
     "AttemptId",
@@ -62,6 +68,7 @@ __all__ = [
     "NodeState",
     "Outcome",
     "OutcomeTaken",
+    "Output",
     "PeerHello",
     "Recall",
     "Refused",
@@ -69,11 +76,15 @@ __all__ = [
     "Submit",
     "TaskEvent",
     "TaskForgotten",
+    "TaskKind",
+    "TaskProgress",
     "TaskRecord",
     "TaskReply",
     "TaskResult",
     "TaskState",
     "TaskStatus",
     "TaskTokens",
+    "TuneSpec",
+    "TuneTask",
     "Unacceptable",
 ]

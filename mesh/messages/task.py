@@ -18,6 +18,8 @@ from typing import Literal
 
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages.checks import check_count, check_id, check_positive, check_seconds, check_text
+from mesh.messages.output import TEXTS_MAX, Output
+from mesh.messages.tune import TuneSpec
 
 __all__ = [
     "Assign",
@@ -38,6 +40,7 @@ __all__ = [
     "Submit",
     "TaskEvent",
     "TaskForgotten",
+    "TaskKind",
     "TaskRecord",
     "TaskReply",
     "TaskResult",
@@ -53,6 +56,7 @@ TERMINAL_STATES = frozenset({"done", "failed", "rejected", "expired", "cancelled
 PROMPT_BYTES_MAX = 256 * 1024  # 64 k tokens of English: twice the longest context we serve
 ANSWER_BYTES_MAX = 192 * 1024  # 32 k tokens of English; with its prompt it still fits one frame (mesh.wire)
 STOP_STRINGS_MAX = 16
+TaskKind = Literal["generate", "score", "classify", "embed", "tune"]
 MAX_TOKENS_MAX = 32_768
 
 
@@ -67,7 +71,15 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """One task. Either ``prompt`` or ``messages`` says what the model shall go on from.
+    """One task; ``kind`` says what is done with which fields.
+
+    ========  ==========================================================================================
+    generate  goes on from ``prompt`` or ``messages``
+    score     log-probabilities of ``texts`` after ``prompt`` or ``messages``, or of themselves
+    classify  the label of each of ``texts`` by the classifier that ``adapter`` names
+    embed     a unit vector for each of ``texts``
+    tune      trains the adapter that ``tune`` describes
+    ========  ==========================================================================================
 
     ``id`` is an idempotency key: the same body under the same id is the same task, however often it
     arrives. ``deadline_s`` counts from arrival at the coordinator and applies to completion.
@@ -77,7 +89,9 @@ class Submit:
     prompt: str | None = None
     messages: list[ChatMessage] = field(default_factory=list)
     id: TaskId | None = None
-    kind: Literal["generate"] = "generate"
+    kind: TaskKind = "generate"
+    texts: list[str] = field(default_factory=list)
+    tune: TuneSpec | None = None
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -96,8 +110,7 @@ class Submit:
     def __post_init__(self) -> None:
         if self.id is not None:
             check_id("id", self.id)
-        if (self.prompt is None) == (not self.messages):
-            raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
+        self._check_kind()
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty: say what the model shall answer")
         if self.messages and not any(message.content.strip() for message in self.messages):
@@ -126,6 +139,37 @@ class Submit:
             raise ValueError(
                 "reply_to must be a plain topic of at most 512 bytes, with no + or #, not starting with $"
             )
+
+    def _check_kind(self) -> None:
+        """Each kind has its inputs, and no others: a field that would be ignored is a mistake."""
+        has_prompt, has_messages = self.prompt is not None, bool(self.messages)
+        if has_prompt and has_messages:
+            raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
+        if self.kind == "generate" and not (has_prompt or has_messages):
+            raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
+        if self.kind in ("classify", "embed", "tune") and (has_prompt or has_messages):
+            inputs = "'tune'" if self.kind == "tune" else "'texts'"
+            raise ValueError(f"a {self.kind} task takes {inputs}, not 'prompt' or 'messages'")
+        wants_texts = self.kind in ("score", "classify", "embed")
+        if wants_texts != bool(self.texts):
+            raise ValueError(
+                f"a {self.kind} task needs 'texts' (a list of strings)"
+                if wants_texts
+                else f"a {self.kind} task takes no 'texts'"
+            )
+        if len(self.texts) > TEXTS_MAX or any(not text.strip() for text in self.texts):
+            raise ValueError(f"texts takes 1 to {TEXTS_MAX} strings that are not empty")
+        check_text("texts", "".join(self.texts), PROMPT_BYTES_MAX)
+        if (self.kind == "tune") != (self.tune is not None):
+            raise ValueError(
+                "a tune task needs 'tune': what to train"
+                if self.kind == "tune"
+                else "'tune' needs kind 'tune'"
+            )
+        if self.kind == "classify" and self.adapter is None:
+            raise ValueError("a classify task needs 'adapter', a classifier made by a tune task")
+        if self.kind == "tune" and self.adapter is not None:
+            raise ValueError("a tune task names its adapter in 'tune', not in 'adapter'")
 
 
 def _is_plain_topic(topic: str) -> bool:
@@ -213,6 +257,8 @@ class TaskResult:
     ttft_s: float | None
     """From the start of the attempt to its first token."""
     service_s: float
+    output: Output | None = None
+    """What a kind other than ``generate`` gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +307,8 @@ class Outcome:
     service_s: float = 0.0
     retry: bool = False
     """A failure of this node rather than of the task: try elsewhere (never set in a settled outcome)."""
+    output: Output | None = None
+    """What a kind other than ``generate`` gives; ``text`` says it for people."""
 
     def __post_init__(self) -> None:
         if self.state not in TERMINAL_STATES:

@@ -29,11 +29,11 @@ from node.compute.echo import EchoEngine
 from node.compute.engine import Engine, Event
 from node.compute.messages import (
     Ended,
-    Generate,
     Load,
     LoadFailed,
     Loading,
     Ready,
+    Run,
     Stop,
     Text,
     frame,
@@ -148,7 +148,7 @@ def _serve(engine: Engine, inbox: SimpleQueue[Any], say: Say) -> None:
         events: list[Event] = []
         for message in _waiting(inbox, min(dues) if dues else None):
             match message:
-                case Generate():
+                case Run():
                     events += engine.start(message)
                 case Stop():
                     events += engine.stop(message)
@@ -198,13 +198,13 @@ def _load(load: Load, say: Say) -> tuple[Engine, str]:
 
     import torch
 
-    from node.compute.backbone import best_device, load_backbone
+    from node.compute.backbone.load import best_device, load_backbone
     from node.compute.model_engine import ModelEngine, Tokens
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
     progress(f"loading {source.display}", 0.4)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[load.precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(load.precision, torch.float32)
     backbone = load_backbone(directory, best_device(), dtype)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mesh.messages import Submit
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.messages import Ended, Run, Stop, Text
 from node.compute.models import echo_rate
 
 __all__ = ["EchoEngine"]
@@ -28,7 +28,7 @@ _WORD = re.compile(r"\s*\S+\s*")
 
 @dataclass(slots=True)
 class _Attempt:
-    generate: Generate
+    run: Run
     words: list[str]
     n_prompt: int
     started_at: float
@@ -60,20 +60,18 @@ class EchoEngine:
             return None
         return max(0.0, min(attempt.due_at for attempt in self._running.values()) - self._clock())
 
-    def start(self, generate: Generate) -> list[Event]:
-        submit, key = generate.submit, (generate.task, generate.attempt)
-        refuse = refusal(generate, self.names, slots_taken=len(self._running) >= self.slots)
+    def start(self, run: Run) -> list[Event]:
+        submit, key = run.submit, (run.task, run.attempt)
+        refuse = refusal(run, self.names, slots_taken=len(self._running) >= self.slots)
         words = _WORD.findall(_text_of(submit))
         if refuse is None and len(words) > CONTEXT_WORDS:
-            refuse = refused(
-                generate, f"the prompt has {len(words)} words, echo takes at most {CONTEXT_WORDS}"
-            )
+            refuse = refused(run, f"the prompt has {len(words)} words, echo takes at most {CONTEXT_WORDS}")
         if refuse is not None:
             return [refuse]
         answer = _until_stop(words, submit.stop)
         now = self._clock()
         self._running[key] = _Attempt(
-            generate=generate,
+            run=run,
             words=answer[: submit.max_tokens],
             n_prompt=len(words),
             started_at=now,
@@ -98,7 +96,7 @@ class EchoEngine:
                 attempt.due_at += self._interval_s
                 if attempt.ttft_s is None:
                     attempt.ttft_s = now - attempt.started_at
-                task, number = attempt.generate.task, attempt.generate.attempt
+                task, number = attempt.run.task, attempt.run.attempt
                 events.append(Text(task=task, attempt=number, text=word, n_tokens=1))
             if attempt.n_given == len(attempt.words):
                 del self._running[key]
@@ -113,8 +111,8 @@ class EchoEngine:
         reason: str | None,
     ) -> Ended:
         return Ended(
-            task=attempt.generate.task,
-            attempt=attempt.generate.attempt,
+            task=attempt.run.task,
+            attempt=attempt.run.attempt,
             state=state,
             text="".join(attempt.words[: attempt.n_given]),
             finish_reason=finish_reason,

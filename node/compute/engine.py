@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from coordinator.cluster import serves
-from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.messages import Ended, Run, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
 
@@ -44,7 +44,7 @@ class Engine(Protocol):
     def due_s(self) -> float | None:
         """Seconds until ``step`` has something to do; 0 = now, ``None`` = nothing runs."""
 
-    def start(self, generate: Generate) -> list[Event]:
+    def start(self, run: Run) -> list[Event]:
         """Begin an attempt; a refusal comes back at once as its ``Ended``."""
 
     def stop(self, stop: Stop) -> list[Event]:
@@ -54,30 +54,30 @@ class Engine(Protocol):
         """Do a little of everything that runs."""
 
 
-def refusal(generate: Generate, names: Iterable[str], slots_taken: bool) -> Ended | None:
+def refusal(run: Run, names: Iterable[str], slots_taken: bool) -> Ended | None:
     """The end of an attempt that cannot start here, or ``None``.
 
     ``failed`` blames this node (another may take it), ``rejected`` blames the task.
     """
-    submit = generate.submit
+    submit = run.submit
     known = list(names)
     if not serves(known[0], submit.model, known[1:]):
-        return refused(generate, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
+        return refused(run, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
     if submit.adapter is not None:
         return refused(
-            generate, f"no adapter {submit.adapter!r} on this node; leave 'adapter' out for the plain model"
+            run, f"no adapter {submit.adapter!r} on this node; leave 'adapter' out for the plain model"
         )
     if slots_taken:
         reason = "all slots of this node are taken"
-        return Ended(task=generate.task, attempt=generate.attempt, state="failed", reason=reason)
+        return Ended(task=run.task, attempt=run.attempt, state="failed", reason=reason)
     return None
 
 
-def refused(generate: Generate, reason: str, n_prompt_tokens: int = 0) -> Ended:
+def refused(run: Run, reason: str, n_prompt_tokens: int = 0) -> Ended:
     """The end of an attempt whose task no node could do."""
     return Ended(
-        task=generate.task,
-        attempt=generate.attempt,
+        task=run.task,
+        attempt=run.attempt,
         state="rejected",
         reason=reason,
         n_prompt_tokens=n_prompt_tokens,

@@ -1,8 +1,9 @@
 """What a node and its compute process say to each other, as frames over the child's standard streams.
 
     node ──Load──▶ child ──Loading*──▶ node          then ──Ready──▶ or ──LoadFailed──▶ (and the child ends)
-    node ──Generate──▶ child ──Text*──▶ ──Ended──▶ node
-    node ──Stop──▶ child                             its ``Ended`` follows, between two tokens
+    node ──Run──▶ child ──Text*──▶ or ──Progress*──▶ then ──Ended──▶ node
+    node ──Stop──▶ child                             its ``Ended`` follows, between two steps
+    child ──Adapters──▶ node                         whenever the adapters it can serve have changed
 
 A frame is its length (4 bytes, big-endian) and one message in msgpack. End of the stream is goodbye.
 """
@@ -14,18 +15,21 @@ from typing import BinaryIO, Literal
 
 from mesh.errors import DecodeError
 from mesh.ids import TaskId
-from mesh.messages import Submit
+from mesh.messages import Output, Submit, TaskProgress
 from mesh.wire import FRAME_BYTES_MAX, Codec
 
 __all__ = [
     "CODEC",
     "LENGTH_BYTES",
+    "Adapters",
     "Ended",
-    "Generate",
     "Load",
     "LoadFailed",
     "Loading",
+    "Precision",
+    "Progress",
     "Ready",
+    "Run",
     "Stop",
     "Text",
     "frame",
@@ -35,6 +39,8 @@ __all__ = [
 
 LENGTH_BYTES = 4
 
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -42,13 +48,25 @@ class Load:
 
     model: str
     models_dir: str
-    precision: Literal["fp32", "bf16"] = "fp32"
+    adapters_dir: str
+    """One directory an adapter, as ``peft`` writes it; new ones are noticed."""
+    datasets_dir: str
+    """Tuning data by their SHA-256."""
+    features_dir: str
+    """Feature maps on disk, and checkpoints of tuning jobs."""
+    precision: Precision | Literal["auto"] = "auto"
     threads: int | None = None
     """Most threads to compute with; ``None``: as many as there are physical cores."""
+    adapter_bytes: int = 512_000_000
+    """Most memory for adapters; those not in use leave first."""
+    feature_memory_bytes: int = 512_000_000
+    feature_disk_bytes: int = 4_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
+class Run:
+    """Do one attempt of a task, whatever its kind."""
+
     task: TaskId
     attempt: int
     submit: Submit
@@ -77,6 +95,11 @@ class Ready:
     device: str
     digest: str
     """SHA-256 of the weights; of nothing for ``echo``."""
+    precision: str = "fp32"
+    """Of the weights while they compute, such as ``int8``; by phase where phases differ."""
+    precision_reason: str = ""
+    """Why, for people."""
+    adapters: tuple[str, ...] = ()
     also_called: tuple[str, ...] = ()
 
 
@@ -86,6 +109,20 @@ class LoadFailed:
 
     reason: str
     is_permanent: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """Names of the adapters this process can serve now."""
+
+    names: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a tuning attempt is; the newest replaces what was not sent yet."""
+
+    progress: TaskProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +147,10 @@ class Ended:
     n_tokens: int = 0
     ttft_s: float | None = None
     service_s: float = 0.0
+    output: Output | None = None
 
 
-CODEC = Codec([Load, Generate, Stop, Loading, Ready, LoadFailed, Text, Ended])
+CODEC = Codec([Load, Run, Stop, Loading, Ready, LoadFailed, Adapters, Text, Progress, Ended])
 
 
 def frame(message: object) -> bytes:

@@ -24,10 +24,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mesh.messages import Submit
 from mesh.messages.task import ANSWER_BYTES_MAX
-from node.compute.backbone import Backbone, Segment
+from node.compute.backbone.contract import Backbone, Segment
 from node.compute.engine import Event, refusal, refused
-from node.compute.generate import Sampler, TextStream
-from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.messages import Ended, Run, Stop, Text
+from node.compute.serve.generate import Sampler, TextStream
 from node.compute.threads import ThreadChoice
 
 __all__ = ["ModelEngine", "Tokens"]
@@ -83,7 +83,7 @@ class Tokens:
 class _Sequence:
     """One attempt on its way. ``waiting`` are the tokens the model has not seen yet."""
 
-    generate: Generate
+    run: Run
     states: Any
     sampler: Sampler
     stream: TextStream
@@ -95,7 +95,7 @@ class _Sequence:
 
     @property
     def key(self) -> tuple[str, int]:
-        return self.generate.task, self.generate.attempt
+        return self.run.task, self.run.attempt
 
 
 class ModelEngine:
@@ -131,24 +131,24 @@ class ModelEngine:
     def due_s(self) -> float | None:
         return 0.0 if self._running else None
 
-    def start(self, generate: Generate) -> list[Event]:
+    def start(self, run: Run) -> list[Event]:
         started_at = self._clock()
-        submit = generate.submit
-        refuse = refusal(generate, self.names, slots_taken=len(self._running) >= self.slots)
+        submit = run.submit
+        refuse = refusal(run, self.names, slots_taken=len(self._running) >= self.slots)
         if refuse is not None:
             return [refuse]
         try:
             ids = self._tokens.encode(submit)
         except ValueError as error:
-            return [refused(generate, str(error))]
+            return [refused(run, str(error))]
         if len(ids) + submit.max_tokens > self.context_tokens:
             reason = (
                 f"the prompt has {len(ids)} tokens and max_tokens is {submit.max_tokens}; "
                 f"together the model takes at most {self.context_tokens}"
             )
-            return [refused(generate, reason, n_prompt_tokens=len(ids))]
+            return [refused(run, reason, n_prompt_tokens=len(ids))]
         sequence = _Sequence(
-            generate=generate,
+            run=run,
             states=self._backbone.states(len(ids) + submit.max_tokens),
             sampler=Sampler(submit.temperature, submit.top_p, submit.seed),
             stream=TextStream(self._tokens.decode, submit.stop),
@@ -173,7 +173,7 @@ class ModelEngine:
         if self.device == "cpu" and torch.get_num_threads() != self._threads.threads:
             torch.set_num_threads(self._threads.threads)
         before = self._clock()
-        logits = self._backbone.forward(segments)
+        logits = self._backbone.logits(self._backbone.forward(segments).rows)
         if is_decode:
             self._threads.saw(self._clock() - before)
         events: list[Event] = []
@@ -197,7 +197,7 @@ class ModelEngine:
         return segments, owners
 
     def _advance(self, sequence: _Sequence, logits: Tensor) -> list[Event]:
-        submit, stream = sequence.generate.submit, sequence.stream
+        submit, stream = sequence.run.submit, sequence.stream
         token = sequence.sampler.choose(logits)
         if sequence.ttft_s is None:
             sequence.ttft_s = self._clock() - sequence.started_at
@@ -207,7 +207,7 @@ class ModelEngine:
         sequence.waiting.append(token)
         piece = stream.add(token)
         events: list[Event] = [
-            Text(task=sequence.generate.task, attempt=sequence.generate.attempt, text=piece, n_tokens=1)
+            Text(task=sequence.run.task, attempt=sequence.run.attempt, text=piece, n_tokens=1)
         ]
         if stream.stopped:
             return events + self._end(sequence, "done", "stop", None)
@@ -223,14 +223,14 @@ class ModelEngine:
         reason: str | None,
     ) -> list[Event]:
         del self._running[sequence.key]
-        generate = sequence.generate
+        run = sequence.run
         events: list[Event] = []
         if piece := sequence.stream.finish():
-            events.append(Text(task=generate.task, attempt=generate.attempt, text=piece, n_tokens=0))
+            events.append(Text(task=run.task, attempt=run.attempt, text=piece, n_tokens=0))
         events.append(
             Ended(
-                task=generate.task,
-                attempt=generate.attempt,
+                task=run.task,
+                attempt=run.attempt,
                 state=state,
                 text=sequence.stream.text,
                 finish_reason=finish_reason,

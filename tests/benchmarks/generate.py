@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from mesh.ids import TaskId
 from mesh.messages import Submit
-from node.compute.backbone import load_backbone
+from node.compute.backbone.load import load_backbone
 from node.compute.convert import convert
-from node.compute.messages import Ended, Generate
+from node.compute.messages import Ended, Run
 from node.compute.model_engine import ModelEngine, Tokens
 from node.compute.models import DEFAULT_MODEL, prepare, resolve
 from node.profile import physical_cores
@@ -114,7 +114,7 @@ def _batch(engine: ModelEngine, n_tokens: int) -> float:
 def _answers(engine: ModelEngine, n: int, n_tokens: int) -> list[Ended]:
     for i in range(n):
         submit = Submit(prompt=PROMPT, max_tokens=n_tokens)
-        assert engine.start(Generate(task=TaskId(f"t{i}"), attempt=1, submit=submit)) == []
+        assert engine.start(Run(task=TaskId(f"t{i}"), attempt=1, submit=submit)) == []
     ended = []
     while engine.due_s is not None:
         ended += [event for event in engine.step() if isinstance(event, Ended)]

@@ -29,7 +29,7 @@ import psutil
 from mesh.ids import MeshName, TaskId
 from mesh.messages import Submit
 from node.compute.echo import EchoEngine
-from node.compute.messages import Generate
+from node.compute.messages import Run
 from node.local_mesh import LocalMesh, NodeProcess
 from tests.benchmarks.report import Metric, Options, main, percentile, spread
 from tests.integration.meshes import coordinator_of, elected, words
@@ -103,7 +103,7 @@ def _direct(n_tasks: int) -> float:
     lengths_s: list[float] = []
     for k in range(n_tasks):
         started_at = time.perf_counter()
-        generate = Generate(task=TaskId(f"t-{k}"), attempt=1, submit=Submit(prompt="ping", max_tokens=1))
+        generate = Run(task=TaskId(f"t-{k}"), attempt=1, submit=Submit(prompt="ping", max_tokens=1))
         engine.start(generate)
         while engine.due_s is not None:
             engine.step()

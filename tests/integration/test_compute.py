@@ -32,8 +32,8 @@ from node.compute.__main__ import TextBatches
 from node.compute.messages import (
     LENGTH_BYTES,
     Ended,
-    Generate,
     Load,
+    Run,
     Text,
     frame,
     frame_size,
@@ -82,6 +82,16 @@ async def compute(model: str, models_dir: Path, **options: Any) -> AsyncIterator
 def start(task: str, prompt: str, **submit: Any) -> StartAttempt:
     body = Submit(prompt=prompt, **submit)
     return StartAttempt(Assign(epoch=EPOCH, task=TaskId(task), attempt=1, submit=body, budget_s=None))
+
+
+def load(model: str, state_dir: Path) -> Load:
+    return Load(
+        model=model,
+        models_dir=str(state_dir),
+        adapters_dir=str(state_dir / "adapters"),
+        datasets_dir=str(state_dir / "datasets"),
+        features_dir=str(state_dir / "features"),
+    )
 
 
 def has_ended(pid: int) -> bool:
@@ -211,7 +221,7 @@ def test_the_child_ends_when_its_input_ends(tmp_path: Path) -> None:
         COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert child.stdin is not None and child.stdout is not None
-    child.stdin.write(frame(Load(model="echo", models_dir=str(tmp_path))))
+    child.stdin.write(frame(load("echo", tmp_path)))
     child.stdin.flush()
     assert type(read_frame(child.stdout)).__name__ == "Ready"  # type: ignore[arg-type]
     child.stdin.close()
@@ -241,11 +251,11 @@ asyncio.run(main())
 def test_ctrl_c_in_the_terminal_does_not_kill_the_child_before_the_node_says_so(tmp_path: Path) -> None:
     child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and child.stdout is not None
-    child.stdin.write(frame(Load(model="echo", models_dir=str(tmp_path))))
+    child.stdin.write(frame(load("echo", tmp_path)))
     child.stdin.flush()
     read_frame(child.stdout)  # type: ignore[arg-type]
     child.send_signal(signal.SIGINT)
-    child.stdin.write(frame(Generate(task=TaskId("t1"), attempt=1, submit=Submit(prompt="hi"))))
+    child.stdin.write(frame(Run(task=TaskId("t1"), attempt=1, submit=Submit(prompt="hi"))))
     child.stdin.flush()
     assert isinstance(read_frame(child.stdout), Text)  # type: ignore[arg-type]
     child.stdin.close()

@@ -18,8 +18,11 @@ from transformers import (
 
 from mesh.ids import TaskId
 from mesh.messages import ChatMessage, Submit
-from node.compute.backbone import GenericBackbone, LlamaBackbone, Segment, load_backbone
-from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.backbone.contract import Segment
+from node.compute.backbone.generic import GenericBackbone
+from node.compute.backbone.llama import LlamaBackbone
+from node.compute.backbone.load import load_backbone
+from node.compute.messages import Ended, Run, Stop, Text
 from node.compute.model_engine import PROMPT_PIECE_TOKENS, ModelEngine, Tokens
 
 N = 64
@@ -57,21 +60,26 @@ def reference(plain: Any, ids: list[int], n: int = N) -> list[int]:
     return output[: ends[0]] if ends else output
 
 
+def next_logits(backbone: Any, *segments: Segment) -> torch.Tensor:
+    rows: torch.Tensor = backbone.logits(backbone.forward(segments).rows)
+    return rows
+
+
 def greedy(
     backbone: Any, ids: list[int], end: int, n: int = N, piece: int = PROMPT_PIECE_TOKENS
 ) -> list[int]:
     states = backbone.states(len(ids) + n)
     for start in range(0, len(ids), piece):
-        logits = backbone.forward([Segment(states, ids[start : start + piece])])
+        logits = next_logits(backbone, Segment(states, ids[start : start + piece]))
     tokens: list[int] = []
     while len(tokens) < n and (token := int(logits[0].argmax())) != end:
         tokens.append(token)
-        logits = backbone.forward([Segment(states, [token])])
+        logits = next_logits(backbone, Segment(states, [token]))
     return tokens
 
 
-def generate(task: str = "t1", **submit: Any) -> Generate:
-    return Generate(task=TaskId(task), attempt=1, submit=Submit(**{"max_tokens": N, **submit}))
+def generate(task: str = "t1", **submit: Any) -> Run:
+    return Run(task=TaskId(task), attempt=1, submit=Submit(**{"max_tokens": N, **submit}))
 
 
 def run(engine: ModelEngine) -> tuple[dict[str, list[Text]], dict[str, Ended]]:
@@ -144,8 +152,8 @@ class TestAgainstTransformers:
         backbone.forward([Segment(writing, ids[:100])])
         worst = 0.0
         for at in range(40):
-            rows = backbone.forward(
-                [Segment(reading, ids[at * 7 : at * 7 + 7]), Segment(writing, [ids[100 + at]])]
+            rows = next_logits(
+                backbone, Segment(reading, ids[at * 7 : at * 7 + 7]), Segment(writing, [ids[100 + at]])
             )
             worst = max(worst, float((rows[0] - expected[at * 7 + 6]).abs().max()))
             worst = max(worst, float((rows[1] - expected[100 + at]).abs().max()))
@@ -271,9 +279,9 @@ def test_relatives_of_the_family_give_the_same_logits(kind: str, tmp_path: Path)
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
     states = ours.states(150)
-    assert torch.allclose(ours.forward([Segment(states, ids[:70])])[0], expected[69], atol=1e-4)
-    assert torch.allclose(ours.forward([Segment(states, ids[70:149])])[0], expected[148], atol=1e-4)
-    assert torch.allclose(ours.forward([Segment(states, ids[149:])])[0], expected[149], atol=1e-4)
+    assert torch.allclose(next_logits(ours, Segment(states, ids[:70]))[0], expected[69], atol=1e-4)
+    assert torch.allclose(next_logits(ours, Segment(states, ids[70:149]))[0], expected[148], atol=1e-4)
+    assert torch.allclose(next_logits(ours, Segment(states, ids[149:]))[0], expected[149], atol=1e-4)
 
 
 def test_a_sliding_window_takes_the_generic_path() -> None:

@@ -10,7 +10,7 @@ from mesh.errors import ConfigError
 from mesh.ids import TaskId
 from mesh.messages import ChatMessage, Submit
 from node.compute.echo import CONTEXT_WORDS, EchoEngine
-from node.compute.messages import Ended, Generate, Stop, Text
+from node.compute.messages import Ended, Run, Stop, Text
 from node.compute.models import echo_rate
 
 
@@ -22,8 +22,8 @@ class Clock:
         return self.now
 
 
-def generate(task: str = "t1", **submit: Any) -> Generate:
-    return Generate(task=TaskId(task), attempt=1, submit=Submit(**submit))
+def generate(task: str = "t1", **submit: Any) -> Run:
+    return Run(task=TaskId(task), attempt=1, submit=Submit(**submit))
 
 
 def run(engine: EchoEngine, clock: Clock | None = None) -> tuple[list[Text], list[Ended]]:

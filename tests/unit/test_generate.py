@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.compute.generate import Sampler, TextStream
+from node.compute.serve.generate import Sampler, TextStream
 from node.compute.threads import ThreadChoice
 
 

@@ -1,0 +1,1 @@
+"""Adapters on disk and in memory: reading what ``peft`` writes, holding what is in use."""

@@ -1,0 +1,319 @@
+"""Our own pass for the Llama family (Llama, Mistral, Qwen2): pre-norm blocks with rotary positions,
+grouped queries and a gated MLP.
+
+No generic machinery between two matrix products: decoding one token reads every weight once, so on a CPU
+the memory bus is the limit, and whatever else happens per layer is loss. Rows of several sequences share
+one pass, which is how a prompt's piece, the next tokens of other answers and rows that enter at a cut go
+through the weights together. Grouping changes the order of additions and so the last bits of a logit,
+never the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from node.compute.backbone.contract import KeyValues, Pass, Segment
+from node.compute.backbone.deltas import Adapter, AdapterRows, Slot
+from node.compute.backbone.linear import Linear
+from node.compute.backbone.weights import Weights
+
+__all__ = ["CONTEXT_TOKENS_MAX", "LlamaBackbone"]
+
+# The longest context served: key/value states of one sequence of SmolLM2 take 46 kB per token, so 8,192
+# tokens are 377 MB. A model that could take more is held to this until states can leave the memory.
+CONTEXT_TOKENS_MAX = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One block. ``qkv`` and ``gate_up`` are stacked, so that a block is four matrix products."""
+
+    attention_norm: Tensor  # (d,)
+    qkv: Linear  # d -> (heads + 2 * kv_heads) * head_dim
+    out: Linear  # heads * head_dim -> d
+    mlp_norm: Tensor  # (d,)
+    gate_up: Linear  # d -> 2 * d_mlp
+    down: Linear  # d_mlp -> d
+
+
+class LlamaBackbone:
+    """The Llama family, computed in ``dtype`` with logits in float32."""
+
+    # Rotary kinds whose frequencies do not depend on how long the sequence has become.
+    _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+    def __init__(self, directory: Path, config: Any, device: str, dtype: torch.dtype) -> None:
+        self.device = device
+        self.context_tokens = min(config.max_position_embeddings, CONTEXT_TOKENS_MAX)
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._d_mlp: int = config.intermediate_size
+        self._eps: float = config.rms_norm_eps
+        self._frequencies, self._rope_scale = _rope(config)
+        self.n_layers: int = config.num_hidden_layers
+        self.width: int = config.hidden_size
+        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+        with Weights(directory, device, dtype) as weights:
+            self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.n_layers)]
+            self._final_norm = weights["model.norm.weight"].clone()
+            tied = config.tie_word_embeddings or "lm_head.weight" not in weights
+            self._head = Linear(weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
+        # Opened again on purpose: only the rows of tokens that occur are ever read from the file, while
+        # the pages of the weights above go when their mapping is closed.
+        with Weights(directory, device, dtype) as weights:
+            self.embedding = weights["model.embed_tokens.weight"]  # (vocabulary, d)
+        self.weight_bytes = self._head.nbytes + sum(
+            linear.nbytes
+            for layer in self._layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+
+    @classmethod
+    def can_run(cls, config: Any) -> bool:
+        """Whether ``config`` asks for nothing this pass does not do; if in doubt, no."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        sliding = getattr(config, "sliding_window", None) is not None and getattr(
+            config, "use_sliding_window", True
+        )
+        return (
+            config.model_type in ("llama", "mistral", "qwen2")
+            and config.hidden_act == "silu"
+            and not sliding
+            and rope.get("rope_type", "default") in cls._ROPE_TYPES
+            and rope.get("partial_rotary_factor", 1.0) == 1.0
+            and getattr(config, "quantization_config", None) is None
+        )
+
+    def states(self, capacity: int) -> KeyValues:
+        angles = (
+            torch.arange(capacity, dtype=torch.float32)[:, None] * self._frequencies
+        )  # (capacity, head_dim/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (capacity, 1, head_dim)
+        like = self.embedding
+        sin = angles.sin() * self._rope_scale
+        # rotate_half negates the upper half of what it moves; the sign is kept in the table instead.
+        sin[..., : self._head_dim // 2].neg_()
+        shape = (self.n_layers, self._kv_heads, capacity, self._head_dim)
+        return KeyValues(
+            torch.empty(shape, dtype=like.dtype, device=like.device),
+            torch.empty(shape, dtype=like.dtype, device=like.device),
+            (angles.cos() * self._rope_scale).to(like),
+            sin.to(like),
+        )
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def forward(self, segments: Sequence[Segment], *, keep_at: Sequence[int] = ()) -> Pass:
+        keep = frozenset(keep_at)
+        kept: dict[int, Tensor] = {}
+        rows = _Rows(self, segments)
+        for index in range(self.n_layers):
+            rows.enter(index)
+            if index in keep:
+                kept[index] = rows.x[: rows.n_began]
+            if rows.parts:
+                self._block(index, rows)
+        if self.n_layers in keep:
+            kept[self.n_layers] = rows.x
+        rows.end()
+        return Pass(rows=self._final(rows), kept=kept)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def features(self, segments: Sequence[Segment], cut: int) -> Tensor:
+        rows = _Rows(self, segments)
+        for index in range(cut):
+            rows.enter(index)
+            self._block(index, rows)
+        rows.end()
+        return rows.x
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def logits(self, rows: Tensor, adapters: Sequence[Adapter | None] = ()) -> Tensor:
+        deltas = AdapterRows.of([(adapter, 1) for adapter in adapters])
+        head = self._head
+        logits = head(rows) if deltas is None else deltas.linear(self.n_layers, "head", head, rows)
+        return logits.float()
+
+    # ── one block ───────────────────────────────────────────────────────────────────────────────────
+
+    def _block(self, index: int, rows: _Rows) -> None:
+        """``rows.x`` through one layer, appending the rows' keys and values to their states."""
+        layer, deltas, x = self._layers[index], rows.deltas, rows.x
+        eps = self._eps
+
+        def linear(slot: Slot, base: Linear, y: Tensor) -> Tensor:
+            return base(y) if deltas is None else deltas.linear(index, slot, base, y)
+
+        normed = F.rms_norm(x, layer.attention_norm.shape, layer.attention_norm, eps)
+        x = x + linear("out", layer.out, self._attention(index, linear("qkv", layer.qkv, normed), rows))
+        normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, eps)
+        gate, up = linear("gate_up", layer.gate_up, normed).split(self._d_mlp, dim=-1)
+        rows.x = x + linear("down", layer.down, F.silu(gate).mul_(up))
+
+    def _attention(self, index: int, qkv: Tensor, rows: _Rows) -> Tensor:
+        """Shapes: qkv (rows, (heads + 2 * kv_heads) * head_dim) -> (rows, heads * head_dim)."""
+        heads, kv_heads, head_dim = self._heads, self._kv_heads, self._head_dim
+        qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        qk = qk * rows.cos + qk.roll(head_dim // 2, dims=-1) * rows.sin
+        q, k = qk[:, :heads], qk[:, heads:]
+
+        results = []
+        start = 0
+        for (kv, n), mask in zip(rows.parts, rows.masks, strict=True):
+            now, past, end = slice(start, start + n), kv.length, kv.length + n
+            kv.keys[index, :, past:end] = k[now].transpose(0, 1)
+            kv.values[index, :, past:end] = v[now].transpose(0, 1)
+            keys, values = kv.keys[index : index + 1, :, :end], kv.values[index : index + 1, :, :end]
+            if n == 1:
+                # One new token sees everything: the queries that share a key head stand in for positions,
+                # so grouped attention needs no copy of the keys.
+                query = q[now].view(1, kv_heads, heads // kv_heads, head_dim)
+                attended = F.scaled_dot_product_attention(query, keys, values)
+            else:
+                query = q[now].transpose(0, 1)[None]  # (1, heads, n, head_dim)
+                attended = F.scaled_dot_product_attention(
+                    query,
+                    keys.repeat_interleave(heads // kv_heads, dim=1),
+                    values.repeat_interleave(heads // kv_heads, dim=1),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                ).transpose(1, 2)
+            results.append(attended.reshape(n, heads * head_dim))
+            start += n
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _final(self, rows: _Rows) -> Tensor:
+        """The wanted rows after the final norm."""
+        x = rows.x[rows.wanted()] if rows.wants_some else rows.x
+        return F.rms_norm(x, self._final_norm.shape, self._final_norm, self._eps)
+
+
+class _Rows:
+    """The rows of one pass: those on their way, and those that enter at a later layer.
+
+    ``parts`` are (states, number of rows) of the segments on their way, in the order of their rows; rows
+    that enter later come behind those already there, so the segments are put in the order of entrance.
+    """
+
+    def __init__(self, backbone: LlamaBackbone, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            states, n = segment.states, len(segment.ids)
+            assert n and states.length + n <= states.capacity, "the engine asks for room before it starts"
+            assert (segment.hidden is None) == (segment.enters == 0), "who enters late brings its rows"
+        self._backbone = backbone
+        self._segments = segments
+        self._order = sorted(range(len(segments)), key=lambda at: segments[at].enters)  # stable
+        self._n_in = 0
+        self.parts: list[tuple[KeyValues, int]] = []
+        self.masks: list[Tensor | None] = []
+        self.deltas: AdapterRows | None = None
+        self.n_began = 0
+        self.x = backbone.embedding[:0]
+
+    def enter(self, layer: int) -> None:
+        """Take in the segments whose first layer this is."""
+        due = []
+        while self._n_in < len(self._order) and self._segments[self._order[self._n_in]].enters == layer:
+            due.append(self._segments[self._order[self._n_in]])
+            self._n_in += 1
+        self.n_began = sum(n for _, n in self.parts) if layer else 0
+        if not due:
+            return
+        like = self._backbone.embedding
+        new = []
+        for segment in due:
+            if segment.hidden is None:
+                ids = torch.tensor(list(segment.ids), device=like.device)
+                new.append(like[ids])
+            else:
+                new.append(segment.hidden.to(like))
+        kept = [self.x] if self.parts else []
+        self.x = torch.cat([*kept, *new]) if len(kept) + len(new) > 1 else new[0]
+        if not layer:
+            self.n_began = len(self.x)
+        for segment in due:
+            states, n = segment.states, len(segment.ids)
+            self.parts.append((states, n))
+            self.masks.append(_causal_mask(states.length, n, like))
+        self.cos = _joined([kv.cos[kv.length : kv.length + n] for kv, n in self.parts])  # (rows, 1, head_dim)
+        self.sin = _joined([kv.sin[kv.length : kv.length + n] for kv, n in self.parts])
+        entered = [self._segments[at] for at in self._order[: self._n_in]]
+        self.deltas = AdapterRows.of([(segment.adapter, len(segment.ids)) for segment in entered])
+
+    def end(self) -> None:
+        """The rows are through: their states are that much longer."""
+        assert self._n_in == len(self._order), "a segment enters above the last layer"
+        for states, n in self.parts:
+            states.length += n
+
+    @property
+    def wants_some(self) -> bool:
+        """Whether only some rows are wanted, or in another order than they have."""
+        is_sorted = self._order == sorted(self._order)
+        return not is_sorted or any(len(s.ids) != s.n_wanted for s in self._segments)
+
+    def wanted(self) -> Tensor:
+        """Where the wanted rows are, in the order of the segments."""
+        ends: dict[int, int] = {}
+        end = 0
+        for at in self._order:
+            end += len(self._segments[at].ids)
+            ends[at] = end
+        places = [
+            row
+            for at, segment in enumerate(self._segments)
+            for row in range(ends[at] - segment.n_wanted, ends[at])
+        ]
+        return torch.tensor(places, device=self.x.device, dtype=torch.long)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _rope(config: Any) -> tuple[Tensor, float]:
+    """Rotary frequencies (head_dim / 2,) and the factor on sine and cosine, as the config says."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+        return frequencies.float(), float(scale)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    return 1.0 / (rope["rope_theta"] ** exponents), 1.0
+
+
+def _causal_mask(past: int, n: int, like: Tensor) -> Tensor | None:
+    """(n, past + n) for ``n`` new rows after ``past`` others; ``None`` where a kernel needs none."""
+    if n == 1 or past == 0:
+        return None
+    return torch.ones(n, past + n, dtype=torch.bool, device=like.device).tril_(past)
+
+
+def _layer(weights: Weights, prefix: str) -> _Layer:
+    def linear(block: str, *names: str) -> Linear:
+        """Several matrices of one input as one: their rows, one after another."""
+        stems = [f"{prefix}{block}.{name}" for name in names]
+        matrix = torch.cat([weights[stem + ".weight"] for stem in stems])
+        biases = [weights[stem + ".bias"] for stem in stems if stem + ".bias" in weights]
+        assert len(biases) in (0, len(stems)), f"{prefix}{block}: only some of {names} have a bias"
+        return Linear(matrix, torch.cat(biases) if biases else None)
+
+    return _Layer(
+        # Clones, so that no small tensor keeps the whole file mapped.
+        attention_norm=weights[prefix + "input_layernorm.weight"].clone(),
+        qkv=linear("self_attn", "q_proj", "k_proj", "v_proj"),
+        out=linear("self_attn", "o_proj"),
+        mlp_norm=weights[prefix + "post_attention_layernorm.weight"].clone(),
+        gate_up=linear("mlp", "gate_proj", "up_proj"),
+        down=linear("mlp", "down_proj"),
+    )

@@ -1,0 +1,1 @@
+"""Feature maps: what the frozen model computes once and nobody computes again."""

@@ -1,0 +1,1 @@
+"""Serving: prompts to tokens, sequences that share steps, prefixes nobody computes twice."""
