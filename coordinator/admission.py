@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.cluster import Node, serves
+from coordinator.placement import listed
 from mesh.messages import NodeInfo, Submit
 
 __all__ = ["AdmissionConfig", "Admit", "Reject", "Verdict", "admit"]
@@ -57,14 +58,13 @@ def admit(submit: Submit, nodes: Iterable[Node], n_open: int, config: AdmissionC
     with_adapter = [info for info in with_model if submit.adapter is None or submit.adapter in info.adapters]
     if not with_adapter:
         names = sorted({name for info in with_model for name in info.adapters})
-        return Reject(
-            f"no node has adapter {submit.adapter!r}; known here: {', '.join(names[:20]) or 'none'}", None
-        )
+        return Reject(f"no node has adapter {submit.adapter!r}: those there are: {listed(names)}", None)
     if not any(_may_fit(submit, info) for info in with_adapter):
         most = max(info.context_tokens or 0 for info in with_adapter)
-        return Reject(
-            f"prompt and max_tokens ({submit.max_tokens}) are longer than the context of {most} tokens", None
+        what = (
+            f"prompt and max_tokens ({submit.max_tokens}) are" if submit.kind == "generate" else "a text is"
         )
+        return Reject(f"{what} longer than the context of {most} tokens", None)
     return Admit()
 
 
@@ -72,6 +72,8 @@ def _may_fit(submit: Submit, info: NodeInfo) -> bool:
     if info.context_tokens is None:
         return True
     texts = [submit.prompt or "", *(message.content for message in submit.messages)]
+    if submit.kind == "score":  # each is read by itself, after the prompt, and none may be cut
+        texts.append(max(submit.texts, key=len))
     n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    prompt_tokens_min = max(1, n_bytes // _BYTES_PER_TOKEN_MAX)
-    return prompt_tokens_min + submit.max_tokens <= info.context_tokens
+    n_tokens_min = max(1, n_bytes // _BYTES_PER_TOKEN_MAX)
+    return n_tokens_min + (submit.max_tokens if submit.kind == "generate" else 0) <= info.context_tokens

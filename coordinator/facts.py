@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import TaskId
-from mesh.messages import Assign, Outcome
+from mesh.messages import Assign, Outcome, TaskProgress
 
 __all__ = [
     "NODE_STOPS",
+    "AdaptersChanged",
     "AttemptFinished",
+    "AttemptProgress",
     "AttemptText",
     "DrainChanged",
     "EngineLost",
@@ -27,6 +29,10 @@ class EngineReady:
     context_tokens: int
     slots: int
     also_called: tuple[str, ...] = ()
+    precision: str = ""
+    """Of the weights while they compute; empty where there are none."""
+    precision_reason: str = ""
+    adapters: tuple[str, ...] = ()
 
 
 NODE_STOPS = "the node is stopping"
@@ -38,6 +44,13 @@ class EngineLost:
     """Shell to worker core: the compute process ended; every running attempt is lost with it."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersChanged:
+    """Shell to worker core: from now on these adapters can be served, and no others."""
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,13 @@ class AttemptText:
     attempt: int
     text: str
     n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptProgress:
+    """Shell to worker core: how far a tuning attempt is. ``seq`` is the core's to set."""
+
+    progress: TaskProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,8 @@ class Holder:
 
 
 def _bytes_of(entry: TaskRecord | AttemptEnded) -> int:
-    texts = [entry.outcome.text] if entry.outcome else []
+    n_bytes = _ENTRY_BYTES + (entry.outcome.n_bytes if entry.outcome else 0)
     if isinstance(entry, TaskRecord):
-        submit = entry.submit
-        texts += [submit.prompt or "", *(message.content for message in submit.messages), *submit.stop]
-    return _ENTRY_BYTES + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        n_bytes += entry.submit.n_text_bytes
+        n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in entry.submit.stop)
+    return n_bytes

@@ -13,7 +13,7 @@ from coordinator.cluster import Node, serves
 from mesh.ids import NodeId, TaskId
 from mesh.messages import Submit
 
-__all__ = ["Placement", "Policy", "Waiting", "least_loaded", "why_waiting"]
+__all__ = ["Placement", "Policy", "Waiting", "least_loaded", "listed", "why_waiting"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class Placement:
 
 
 _WORDS_OF_MAX = 3  # nodes quoted: each says up to 200 bytes
+_NAMES_MAX = 20
 
 Policy = Callable[[Iterable[Waiting], Sequence[Node], Mapping[NodeId, int]], list[Placement]]
 """(waiting tasks in order, nodes, attempts that run on each node) -> what to start now."""
@@ -70,11 +71,31 @@ def why_waiting(submit: Submit, nodes: Iterable[Node]) -> str | None:
     known = list(nodes)
     if any(node.may_start and _is_able(node, submit) for node in known):
         return None
+    if (lacking := _what_lacks(submit, known)) is not None:
+        return lacking
     idle = [node for node in known if node.is_present and not node.may_start]
     said = [f"{node.id}: {node.report.activity}" for node in sorted(idle, key=_id_of) if node.report]
     others = f" and {len(said) - _WORDS_OF_MAX} more" if len(said) > _WORDS_OF_MAX else ""
     words = f" ({'; '.join(said[:_WORDS_OF_MAX])}{others})" if said else ""
     return f"no node can start it yet{words}"
+
+
+def _what_lacks(submit: Submit, nodes: Iterable[Node]) -> str | None:
+    """What no node has that is here; ``None`` where waiting for one to be ready is enough."""
+    here = [node for node in nodes if node.is_present and node.info is not None and node.slots]
+    names = sorted({name for node in here if node.info for name in node.info.adapters})
+    if here and submit.adapter is not None and submit.adapter not in names:
+        return f"no node has adapter {submit.adapter!r}: those there are: {listed(names)}"
+    holders = submit.tune.holders if submit.tune is not None else []
+    if holders and not any(node.id in holders for node in here):
+        return f"its data are on {listed(holders)}, and none of these can compute now"
+    return None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names in a sentence."""
+    more = f" and {len(names) - _NAMES_MAX} more" if len(names) > _NAMES_MAX else ""
+    return (", ".join(names[:_NAMES_MAX]) or "none") + more
 
 
 def _id_of(node: Node) -> NodeId:
@@ -87,4 +108,5 @@ def _is_able(node: Node, submit: Submit) -> bool:
         info is not None
         and serves(info.model, submit.model, info.also_called)
         and (submit.adapter is None or submit.adapter in info.adapters)
+        and (submit.tune is None or not submit.tune.holders or node.id in submit.tune.holders)
     )

@@ -41,6 +41,8 @@ class StoreConfig:
     below) long before there are too many of them, and a node whose journal is full is silent."""
     ended_max: int = 1024
     """Outcomes no coordinator has taken: what one worker makes in ten minutes at two a second."""
+    ended_bytes_max: int = 192 * MIB
+    """1024 of the longest answers; vectors and scores may be twice as long."""
     tombstones_max: int = 100_000
     """About 200 bytes each: 20 MB."""
 
@@ -63,11 +65,9 @@ class _Stored:
 
     @property
     def n_bytes(self) -> int:
-        """Of text; the rest of a record is small."""
-        submit, outcome = self.record.submit, self.record.outcome
-        texts = [submit.prompt or "", *(message.content for message in submit.messages)]
-        texts += [outcome.text] if outcome is not None else []
-        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        """Of what is computed on and what came of it; the rest of a record is small."""
+        outcome = self.record.outcome
+        return self.record.submit.n_text_bytes + (outcome.n_bytes if outcome is not None else 0)
 
 
 class _Shelf(dict[TaskId, _Stored]):
@@ -106,6 +106,7 @@ class RecordStore:
         self._tombstones: dict[TaskId, Tombstone] = {}
         self.ended: dict[tuple[TaskId, int], AttemptEnded] = {}
         """Own outcomes not yet taken by a coordinator."""
+        self._ended_bytes = 0
         self.running: dict[TaskId, AttemptId] = {}
         """Own attempts in progress, kept by the worker core; lost with the process."""
         for _, message in sorted((journal or {}).items()):
@@ -115,6 +116,7 @@ class RecordStore:
                     kept[message.task] = _Stored(message, now)
                 case AttemptEnded():
                     self.ended[message.task, message.attempt] = message
+                    self._ended_bytes += message.outcome.n_bytes
                 case _:
                     pass
 
@@ -193,14 +195,19 @@ class RecordStore:
         """An attempt of this node is over: durable before anybody hears of it."""
         self.running.pop(ended.task, None)
         self.ended[ended.task, ended.attempt] = ended
+        self._ended_bytes += ended.outcome.n_bytes
         effects: list[Effect] = [Save(attempt_key(ended.task, ended.attempt), ended)]
-        while len(self.ended) > self._config.ended_max:
+        while len(self.ended) > self._config.ended_max or (
+            self._ended_bytes > self._config.ended_bytes_max and len(self.ended) > 1
+        ):
             task, attempt = next(iter(self.ended))
             effects += self.take(task, attempt)
         return effects
 
     def take(self, task: TaskId, attempt: int) -> list[Effect]:
         """A coordinator has the outcome in safety: forget the attempt's own record."""
-        if self.ended.pop((task, attempt), None) is None:
+        taken = self.ended.pop((task, attempt), None)
+        if taken is None:
             return []
+        self._ended_bytes -= taken.outcome.n_bytes
         return [Save(attempt_key(task, attempt), None)]

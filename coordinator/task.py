@@ -71,7 +71,7 @@ def digest_of(submit: Submit) -> str:
     body = [
         (name, getattr(submit, name)) for name in (f.name for f in fields(submit)) if name not in _NOT_BODY
     ]
-    # repr of str, int, float, bool, None and lists of those (and of ChatMessage) is injective and stable.
+    # repr of str, int, float, bool, None, lists of those, ChatMessage and TuneSpec is injective and stable.
     return hashlib.sha256(repr(body).encode("utf-8", "surrogatepass")).hexdigest()
 
 

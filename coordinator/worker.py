@@ -1,7 +1,7 @@
 """Runs attempts on this node for whoever coordinates; the shell does the computing.
 
-    Assign ──▶ StartAttempt ─▷ shell ─▷ AttemptText… ─▷ AttemptFinished ──▶ Save, AttemptEnded…
-       └─▶ Refused                                                              until OutcomeTaken
+    Assign ──▶ StartAttempt ─▷ shell ─▷ AttemptText, AttemptProgress…
+       └─▶ Refused                   ─▷ AttemptFinished ──▶ Save, AttemptEnded… until OutcomeTaken
 
 A task runs here at most once at a time: whoever assigns it again, under whatever attempt or epoch, is
 told which attempt runs already. An outcome is on disk before anybody hears of it, and is repeated to the
@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 
 from coordinator.cluster import serves
 from coordinator.facts import (
+    AdaptersChanged,
     AttemptFinished,
+    AttemptProgress,
     AttemptText,
     DrainChanged,
     EngineLost,
@@ -40,6 +42,7 @@ from mesh.messages import (
     OutcomeTaken,
     Refused,
     StaleCommand,
+    TaskProgress,
     TaskTokens,
 )
 
@@ -88,6 +91,7 @@ class Worker:
         self._config = config or WorkerConfig()
         self._coordinator: NodeId | None = None
         self._engine: EngineReady | None = None
+        self._adapters: frozenset[str] = frozenset()
         self._no_engine_because = "the model is not loaded yet"
         self._is_draining = False
         self._running: dict[TaskId, _Running] = {}
@@ -149,12 +153,17 @@ class Worker:
             case Elected(epoch=epoch) | Followed(epoch=epoch):
                 return self._report_to(epoch.node, now)
             case EngineReady():
-                self._engine = fact
+                self._engine, self._adapters = fact, frozenset(fact.adapters)
+                return []
+            case AdaptersChanged(names=names):
+                self._adapters = frozenset(names)
                 return []
             case EngineLost(reason=reason):
                 return self._engine_lost(reason, now)
             case AttemptText():
                 return self._text(fact)
+            case AttemptProgress(progress=progress):
+                return self._progress(progress)
             case AttemptFinished(task=task, attempt=attempt, outcome=outcome):
                 run = self._running.get(task)
                 if run is None or run.assign.attempt != attempt:
@@ -245,6 +254,11 @@ class Worker:
             return f"all {self._engine.slots} slots are taken"
         if not serves(self._engine.model, assign.submit.model, self._engine.also_called):
             return f"it serves {self._engine.model}, not {assign.submit.model}"
+        adapter, tune = assign.submit.adapter, assign.submit.tune
+        if adapter is not None and adapter not in self._adapters:
+            return f"it has no adapter {adapter!r}"
+        if tune is not None and tune.holders and self._me not in tune.holders:
+            return f"the data are on {', '.join(tune.holders[:3])}"
         if assign.budget_s is not None and assign.budget_s <= 0:
             return "its deadline has passed"
         return None
@@ -272,6 +286,14 @@ class Worker:
             task=piece.task, attempt=piece.attempt, seq=seq, text=piece.text, n_tokens=piece.n_tokens
         )
         return [Broadcast(tokens)]
+
+    def _progress(self, progress: TaskProgress) -> list[Effect]:
+        run = self._running.get(progress.task)
+        if run is None or run.assign.attempt != progress.attempt:
+            return []
+        seq = run.n_pieces
+        run.n_pieces += 1
+        return [Broadcast(replace(progress, seq=seq))] if run.assign.submit.stream else []
 
     def _engine_lost(self, reason: str, now: float) -> list[Effect]:
         """Everything that ran is lost with the compute process, through no fault of the tasks."""

@@ -1,7 +1,8 @@
 """What ``python -m mesh.topic_docs --write`` writes: ``docs/protocol.md`` and ``docs/asyncapi.yaml``.
 
 Both come from the topic table, the message classes and example messages that went through the codec, so
-they cannot say anything the program does not. Only the prose between is written by hand, here.
+they cannot say anything the program does not. Only the prose between is written by hand, in
+``mesh.topic_prose``.
 """
 
 # ruff: noqa: E501  (tables and paragraphs of Markdown)
@@ -16,7 +17,10 @@ from typing import Any
 
 from mesh import messages as m
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
+from mesh.messages.output import NUMBERS_MAX, TEXTS_MAX
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
+from mesh.messages.tune import INLINE_DATA_BYTES_MAX
+from mesh.topic_prose import HEAD, REASONS, REPLIES, STATEMENTS, STATES, SUBMIT
 from mesh.topics import BASE, INBOX, REPLY, TABLE, Topic, access_list
 from mesh.units import bytes_text
 from mesh.wire import (
@@ -63,6 +67,11 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
     m.TaskTokens: m.TaskTokens(task=_TASK, attempt=1, seq=0, text="The capital of", n_tokens=3),
     m.TaskResult: _RESULT,
     m.TaskReply: m.TaskReply(reply_to="edgemesh/home/client/me", correlation="42", body=_STATUS),
+    m.TaskProgress: m.TaskProgress(
+        task=TaskId("spam-1"), attempt=1, seq=41, phase="training", fraction=0.55, epoch=2, epochs=5, step=57,
+        steps=125, loss=0.41, metric=0.875, eta_s=12.5, cache_hits=960, cache_misses=40,
+        text="epoch 3 of 5",
+    ),
     m.TaskEvent: m.TaskEvent(text="desktop-91b0e4 finished t-5d1c0a9e77f2 in 0.4 s", task=_TASK),
 }  # fmt: skip
 
@@ -72,196 +81,33 @@ _NOTES: dict[type, str] = {
     " disk, and `budget_s` is the time left to the deadline when this was sent: devices share no clock, so no time of day"
     " ever travels.",
     m.TaskResult: "`finish_reason` is `stop` (the model ended, or a stop string came) or `length` (`max_tokens`). Times are in"
-    " seconds: `queue_s` waiting, `service_s` being computed, `ttft_s` of that until the first token.",
+    " seconds: `queue_s` waiting, `service_s` being computed, `ttft_s` of that until the first token. `output` holds"
+    " what a `kind` other than `generate` gives.",
+    m.TaskProgress: "`phase` is `reading` (the data), `features` (computing what no earlier job computed), `choosing`"
+    " (how many layers), `training` or `saving`; `fraction` is of the whole task.",
     m.TaskReply: "See *Replies* below for how to ask for them.",
 }
 
-_STATES = {
-    "queued": "Acknowledged: the task is on the disk of two nodes (`durable_on`; of one, where there is one) and"
-    " will end.",
-    "assigned": "A node has been told to run it.",
-    "running": "That node runs it. After a failure of the node the task is queued again, as the next `attempt`.",
-    "done": "**Final.** The result holds the whole answer.",
-    "failed": "**Final.** It could not be computed; `reason` says why.",
-    "rejected": "**Final.** The mesh does not take it; `reason` says what to change.",
-    "expired": "**Final.** Its deadline passed first.",
-    "cancelled": "**Final.** Somebody asked for its end; the result holds what there was of an answer.",
-}
-
-_REASONS = (
-    ("`the submission is not readable: …`", "not UTF-8, not JSON, nested too deeply, NaN or Infinity"),
-    ("`unknown field 'promt'; did you mean 'prompt'?`", "a misspelt field is refused, never ignored"),
-    ("`max_tokens must be an integer, got a string`", "a field of the wrong type"),
-    ("`value must be a positive, finite number, got -1.0`", "a field out of its range"),
-    (
-        "`give either 'prompt' (a string) or 'messages' (a list), and not both`",
-        "nothing, or two things, to do",
-    ),
-    ("`prompt is empty: say what the model shall answer`", "only white space"),
-    ("`reply_to must be a topic below edgemesh/home/client/ …`", "see *Replies*"),
-    ("`no node serves model '…'; served here: …`", "ask for one of those, or leave `model` out"),
-    ("`no node has adapter '…'; known here: …`", "as above"),
-    ("`prompt and max_tokens (…) are longer than the context of … tokens`", "shorten one of them"),
-    ("`id … is taken by a task with another body; use another id`", "an id stands for one body"),
-    ("`the queue is full (… tasks); try again later`", "the mesh is overloaded"),
-    ("`its deadline of … s passed …`", "state `expired`"),
-    ("`given up after … attempts: …`", "state `failed`: every node that tried was lost or broke"),
-)
-
-STATEMENTS: tuple[str, ...] = (
-    "Every topic is below `edgemesh/<mesh>/` and in the table above; ids are 1 to 63 of `a-z`, `0-9` and `-`, with"
-    " no `-` at an end.",
-    "A node publishes its retained topics again on every connect. Nothing exists only in the broker: an empty"
-    " broker is full again as soon as the nodes are back.",
-    "A node's last will is its `state` with `offline` and the `incarnation` of the session it belongs to. A reader"
-    " ignores a state whose incarnation is lower than one it has seen.",
-    "A node publishes only below its own `node/<id>/`, except for what its row says the coordinator or a worker"
-    " publishes. Where the payload names the node or task, it is the one in the topic, or the message is dropped.",
-    "The client id of a node is `<node>-<boot>`, so that two processes with one identity do not take each other's"
-    " connection over.",
-    "Readers of JSON ignore fields they do not know. A field `v`, where present, is the protocol version; a"
-    " message of a version outside the reader's range is dropped.",
-    "A submission with an unknown field is rejected, and so is one that cannot be read; the refusal goes to the"
-    " task's `status` (under the given `id`, or a new one) and to `reply_to`, as far as they could be read.",
-    "`queued` acknowledges: from then on the task ends in exactly one final state, whichever nodes fail.",
-    "`id` is an idempotency key: the same body under the same id is the same task, and is answered again. Another"
-    " body under a known id is rejected, and the known task does not notice.",
-    "A reply carries the correlation data of its submission byte for byte (MQTT 5), and `correlation` in its JSON.",
-    "A reply is only ever published below `edgemesh/<mesh>/client/`, or outside `edgemesh/` on a broker that the"
-    " mesh does not host.",
-    "The earlier of `deadline_s` and the message's remaining expiry interval is the task's deadline, counted from"
-    " arrival at the coordinator.",
-    "What the JSON says wins over the MQTT 5 properties.",
-    "`stream` is QoS 0, with `seq` from 0 in each attempt; a higher `attempt` starts the text over. The result"
-    " never needs the stream.",
-    "`result` holds the complete answer. It may arrive more than once and is then the same.",
-    "`status` and `result` are retained for about two minutes after the end and then cleared with an empty"
-    " payload; on an MQTT 5 connection they also expire by themselves.",
-    "A cancel's payload does not matter; it may be empty. Cancelling an ended or unknown task changes nothing.",
-    "Of two coordinator records the one with the higher `epoch` (`term`, then `node`) counts. Commands of a lower"
-    " epoch are refused by their receivers.",
-    "A message that cannot be read costs its sender that message, and nobody else anything.",
-    "MQTT 3.1.1 is enough for everything; MQTT 5 adds the response topic, correlation data and expiry.",
-    "QoS 1 delivers at least once: every receiver takes a repetition for what it is.",
-)
-"""``EM-MQTT-01`` and so on; tests name the ones they hold up. A number is never used again for another."""
-
-
 # ── docs/protocol.md ────────────────────────────────────────────────────────────────────────────────
-
-_HEAD = """\
-# The MQTT protocol of edgemesh
-
-<!-- Written by `python -m mesh.topic_docs --write` from mesh/topics.py and mesh/messages. Do not edit. -->
-
-Everything a mesh says goes over one MQTT broker, and everything a person or a program may want from it can be
-had with plain `mosquitto_pub` and `mosquitto_sub`. This page is for them. Between nodes the same broker carries
-msgpack on the inbox topics, which no client needs.
-
-In the examples the mesh is called `home` and the client is on the machine of a node whose broker listens for
-clients on `127.0.0.1:1883` without encryption (`edgemesh mqtt` prints the right host, port and, from anywhere else
-on the network, the certificate options to add).
-
-## In one minute
-
-```sh
-# in one terminal: everything that happens to tasks
-mosquitto_sub -p 1883 -v -t 'edgemesh/home/task/+/status' -t 'edgemesh/home/task/+/result'
-
-# in another: ask
-mosquitto_pub -p 1883 -q 1 -t edgemesh/home/task/submit \\
-  -m '{{"id": "my-first", "prompt": "What is the capital of France?", "max_tokens": 64}}'
-
-# and while it is being written
-mosquitto_sub -p 1883 -t edgemesh/home/task/my-first/stream
-```
-
-## The tree
-
-```
-edgemesh/<mesh>/
-{tree}
-```
-
-R = retained, q = quality of service. Payloads are JSON (UTF-8), except in the inboxes.
-"""
-
-_SUBMIT = """\
-#### Fields of a submission
-
-Either `prompt` or `messages` is needed; everything else has a default.
-
-| field | type | default | meaning |
-|---|---|---|---|
-| `prompt` | string | – | what the model shall go on from, put into its chat template as one user message |
-| `messages` | list of `{{"role", "content"}}` | – | a conversation; roles `system`, `user`, `assistant` |
-| `id` | string | made up | the task's name in all topics, and the idempotency key: send again freely |
-| `max_tokens` | integer | 256 | at most {max_tokens} |
-| `temperature` | number | 0 | 0 is greedy; at most 10 |
-| `top_p` | number | 1 | above 0, at most 1 |
-| `seed` | integer | – | the same seed draws the same answer on the same node |
-| `stop` | list of strings | `[]` | end before any of these; at most {stop} |
-| `deadline_s` | number | none | seconds from arrival until the *answer*; later it is worth nothing |
-| `value` | number | 1 | what an answer in time is worth, in your own unit |
-| `model`, `adapter` | string | any, none | by name; what there is stands in the nodes' `info` |
-| `kind` | string | `generate` | what to do; there is one kind so far |
-| `stream` | boolean | true | whether to publish tokens while they are made |
-| `reply_to` | string | none | a topic for acknowledgement and result, see *Replies* |
-| `correlation` | string | none | comes back with every reply |
-
-An unknown field is refused by name, so a misspelling never changes what you asked for.
-"""
-
-_REPLIES = """\
-## Replies: request and response
-
-Every task can be followed by its id. A program that would rather hear about its own requests on a topic of its
-own has two ways, which mean the same.
-
-**MQTT 5** (`mosquitto_rr`, paho, aiomqtt, …): set the *response topic* and, if wanted, *correlation data*; both come
-back as properties. The message's *expiry interval* is a deadline, too.
-
-```sh
-mosquitto_rr -p 1883 -V 5 -q 1 -t edgemesh/home/task/submit -e edgemesh/home/client/me \\
-  -m '{"prompt": "What is the capital of France?", "stream": false}'
-```
-
-`mosquitto_rr` ends with the first reply, which is the acknowledgement; a program goes on listening for the result.
-
-**MQTT 3.1.1**: name the topic in the JSON.
-
-```sh
-mosquitto_sub -p 1883 -t edgemesh/home/client/me &
-mosquitto_pub -p 1883 -q 1 -t edgemesh/home/task/submit \\
-  -m '{"prompt": "What is the capital of France?", "reply_to": "edgemesh/home/client/me", "correlation": "42"}'
-```
-
-A reply is the JSON of a `TaskStatus` or of a `TaskResult`, with its kind as `type` and with your `correlation`. There
-are at least two: the acknowledgement (`queued`, or `rejected` with the reason) and the result.
-
-The topic must be below `edgemesh/<mesh>/client/`: a submission must not be able to make the coordinator write where
-only nodes may. With a broker of your own (`--broker`) it may be any topic outside `edgemesh/` as well. Correlation data
-of up to 500 bytes comes back byte for byte; as JSON text it is itself, or `hex:…` where it is no printable text.
-"""
 
 
 def protocol_markdown() -> str:
     """``docs/protocol.md``."""
     tree = "\n".join(_tree_line(row) for row in TABLE if row is not REPLY)
     parts = [
-        _HEAD.format(tree=tree + "\n" + f"{'client/…':<24}    q1  {_text(REPLY.why)}"),
+        HEAD.format(tree=tree + "\n" + f"{'client/…':<24}    q1  {_text(REPLY.why)}"),
         "## Topics\n",
         *(_section(row) for row in TABLE),
-        _REPLIES,
+        REPLIES,
         "## The states of a task\n",
         "```\nqueued ─▶ assigned ─▶ running ─▶ done · failed · cancelled · expired\n"
         "   ▲         │           │\n   └─────────┴───────────┘ the node was lost: the next attempt\n"
         "rejected: never queued\n```\n",
         "| state | meaning |\n|---|---|\n"
-        + "".join(f"| `{name}` | {text} |\n" for name, text in _STATES.items()),
+        + "".join(f"| `{name}` | {text} |\n" for name, text in STATES.items()),
         "## Reasons\n",
         "`reason` is a sentence for people; programs look at `state`.\n",
-        "| reason | when |\n|---|---|\n" + "".join(f"| {reason} | {when} |\n" for reason, when in _REASONS),
+        "| reason | when |\n|---|---|\n" + "".join(f"| {reason} | {when} |\n" for reason, when in REASONS),
         "## Bounds\n",
         "| what | at most |\n|---|---|\n" + "".join(f"| {what} | {most} |\n" for what, most in _bounds()),
         "## Statements\n",
@@ -298,7 +144,16 @@ def _section(row: Topic) -> str:
     if note := _NOTES.get(kind):
         lines.append(f"{note}\n")
     if kind is m.Submit:
-        lines.append(_SUBMIT.format(max_tokens=MAX_TOKENS_MAX, stop=f"{STOP_STRINGS_MAX} of 256 characters"))
+        lines.append(
+            SUBMIT.format(
+                max_tokens=MAX_TOKENS_MAX,
+                stop=f"{STOP_STRINGS_MAX} of 256 characters",
+                texts=TEXTS_MAX,
+                text_bytes=bytes_text(PROMPT_BYTES_MAX),
+                numbers=f"{NUMBERS_MAX:,}",
+                data_bytes=bytes_text(INLINE_DATA_BYTES_MAX),
+            )
+        )
     return "\n".join(lines)
 
 
@@ -321,6 +176,9 @@ def _bounds() -> list[tuple[str, str]]:
         ("one msgpack message between nodes", bytes_text(FRAME_BYTES_MAX)),
         ("prompt, or all messages together", f"{bytes_text(PROMPT_BYTES_MAX)} of UTF-8"),
         ("answer", f"{MAX_TOKENS_MAX:,} tokens, {bytes_text(ANSWER_BYTES_MAX)}"),
+        ("tuning data in a submission", f"{bytes_text(INLINE_DATA_BYTES_MAX)}, and as much to evaluate on"),
+        ("texts of one task", f"{TEXTS_MAX}, {bytes_text(PROMPT_BYTES_MAX)} together"),
+        ("scores and vectors of one result", f"{NUMBERS_MAX:,} numbers"),
         ("messages in one conversation", "1024"),
         ("stop strings", f"{STOP_STRINGS_MAX} of 256 characters"),
         ("id", "63 characters of `a-z`, `0-9`, `-`"),
@@ -461,7 +319,7 @@ def _schemas() -> dict[str, Any]:
     kinds = [kind for row in TABLE for kind in row.payload if kind is not m.TaskReply]
     schemas = json_schemas(kinds)
     # What a client misspells is refused, what a newer node adds is ignored.
-    for strict in (m.Submit, m.ChatMessage):
+    for strict in (m.Submit, m.ChatMessage, m.TuneSpec):
         schemas[strict.__name__]["additionalProperties"] = False
     for row in TABLE:
         for kind in row.payload:

@@ -95,6 +95,11 @@ STREAM = Topic(
     writer="the worker", reader="clients", qos=0, retain=False,
     why="tokens in batches of 50-100 ms; a lost piece is made good by the result",
 )
+PROGRESS = Topic(
+    name="PROGRESS", pattern="task/{task}/progress", payload=(m.TaskProgress,), encoding="json",
+    writer="the worker", reader="clients", qos=0, retain=False,
+    why="how far a tuning task is, a few times a second; the next one replaces a lost one",
+)
 RESULT = Topic(
     name="RESULT", pattern="task/{task}/result", payload=(m.TaskResult,), encoding="json",
     writer="coordinator", reader="clients", qos=1, retain=True,
@@ -112,7 +117,8 @@ EVENT = Topic(
 )
 
 TABLE: tuple[Topic, ...] = (
-    STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, STATUS, STREAM, RESULT, REPLY, EVENT,
+    STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, STATUS, STREAM, PROGRESS, RESULT, REPLY,
+    EVENT,
 )
 # fmt: on
 

@@ -33,6 +33,7 @@ from mesh.messages import (
     TaskReply,
     TaskResult,
     TaskStatus,
+    TuneSpec,
     Unacceptable,
 )
 
@@ -62,11 +63,12 @@ PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 """What it reads. A node outside this range is not understood, which its ``NodeInfo`` shows to all."""
 
-# The largest message between nodes is a task's record: a prompt (256 KiB), its other fields (about
-# 45 KiB at their bounds) and an answer (192 KiB, see ANSWER_BYTES_MAX). It also bounds what a hostile
-# frame makes us hold while it is decoded: the smallest msgpack object is one byte and becomes a Python
-# object of at most 64, so 32 MiB for a moment. Bulk bytes never come this way; see mesh.transport.streams.
-FRAME_BYTES_MAX = 512 * 1024
+# The largest message between nodes is a task's record: texts to embed (256 KiB; tuning data take 384 KiB and
+# give little), other fields (about 45 KiB at their bounds), and what comes out: labels (64 KiB) and 40,000
+# numbers (352 KiB, see mesh.messages.output), or an answer (192 KiB). It also bounds what a hostile frame
+# makes us hold while it is decoded: the smallest msgpack object is one byte and becomes a Python object of at
+# most 64, so 48 MiB for a moment. Bulk bytes never come this way; see mesh.transport.streams.
+FRAME_BYTES_MAX = 768 * 1024
 
 # JSON may spell one character with six bytes (\u00e9), so the same message can be up to three times as
 # long as in UTF-8. Mosquitto 2.1 disconnects whoever publishes more than 2,000,000 bytes.
@@ -254,6 +256,8 @@ def read_submit(
         _check_version(plain)
         plain.pop("v", None)
         _check_fields(plain, Submit, "")
+        if isinstance(plain.get("tune"), dict):
+            _check_fields(plain["tune"], TuneSpec, "tune.")
         for i, message in enumerate(plain["messages"] if isinstance(plain.get("messages"), list) else []):
             if isinstance(message, dict):
                 _check_fields(message, ChatMessage, f"messages[{i}].")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mesh.ids import is_id
 
-__all__ = ["check_count", "check_id", "check_positive", "check_seconds", "check_text"]
+__all__ = ["check_count", "check_fraction", "check_id", "check_positive", "check_seconds", "check_text"]
 
 
 def check_id(field: str, value: str) -> None:
@@ -20,6 +20,11 @@ def check_count(field: str, value: int, most: int = 2**53 - 1, least: int = 0) -
 def check_positive(field: str, value: float | None) -> None:
     if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"{field} must be a positive, finite number, got {value}")
+
+
+def check_fraction(field: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{field} must be from 0 to 1, got {value}")
 
 
 def check_seconds(field: str, value: float | None) -> None:

@@ -14,6 +14,7 @@ NodeStanding = Literal["online", "draining", "offline", "left"]
 
 MODEL_NAMES_MAX = 8
 ADDRESSES_MAX = 16  # a laptop with VPNs and containers shows about ten
+ADAPTERS_MAX = 1024  # 64 KiB of names, retained once a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,10 @@ class NodeInfo:
     """Longest prompt plus completion the model takes, once known."""
     also_called: list[str] = field(default_factory=list)
     """Other names a task may ask for ``model`` by, such as ``SmolLM2-135M-Instruct``."""
+    precision: str | None = None
+    """Of the weights while they compute, such as ``int8``, once known; by phase where phases differ."""
+    precision_reason: str | None = None
+    """Why, in words."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)
@@ -80,7 +85,9 @@ class NodeInfo:
             check_text("also_called", name, 256)
         if len(self.also_called) > MODEL_NAMES_MAX:
             raise ValueError("too many names of one model")
-        if len(self.addresses) > ADDRESSES_MAX or len(self.adapters) > 1024:
+        check_text("precision", self.precision, 200)
+        check_text("precision_reason", self.precision_reason, 2000)
+        if len(self.addresses) > ADDRESSES_MAX or len(self.adapters) > ADAPTERS_MAX:
             raise ValueError("too many addresses or adapters in one node's info")
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mesh.messages.checks import check_count, check_text
 
 __all__ = ["AdapterCard", "Output"]
 
-# A vector of 4,096 numbers takes 37 kB in msgpack; a frame takes 512 KiB. Engines say it sooner, per model.
+# 9 bytes each in msgpack, about 20 in JSON: with the largest submission they still fit one frame, and alone
+# one JSON message (see ``mesh.wire``). Engines refuse sooner, as they know what a text will give.
 NUMBERS_MAX = 40_000
+LABELS_MAX = 1024
+"""Classes of one classifier."""
+LABEL_BYTES_MAX = 64 * 1024
+"""All labels of one output together."""
 TEXTS_MAX = 256
 """Inputs of one score, classify or embed task."""
 
@@ -34,6 +40,7 @@ class AdapterCard:
     def __post_init__(self) -> None:
         check_text("name", self.name, 256)
         check_count("bytes", self.bytes)
+        check_labels(self.labels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +58,28 @@ class Output:
     adapter: AdapterCard | None = None
     """tune: what was trained."""
 
+    @property
+    def n_bytes(self) -> int:
+        """About what it takes in msgpack."""
+        numbers = sum(map(len, self.scores)) + sum(map(len, self.vectors))
+        labels = [*self.labels, *self.classes, *(self.adapter.labels if self.adapter is not None else ())]
+        return 9 * numbers + sum(len(label.encode("utf-8", "surrogatepass")) for label in labels)
+
     def __post_init__(self) -> None:
         numbers = sum(map(len, self.scores)) + sum(map(len, self.vectors))
         if numbers > NUMBERS_MAX:
             raise ValueError(f"an output holds at most {NUMBERS_MAX} numbers, got {numbers}")
+        if max(len(self.labels), len(self.scores), len(self.vectors)) > TEXTS_MAX:
+            raise ValueError(f"an output is of at most {TEXTS_MAX} texts")
+        check_labels(self.classes, self.labels)
+
+
+def check_labels(classes: list[str], labels: Sequence[str] = ()) -> None:
+    """A classifier's classes, and what it said of some texts.
+
+    Raises:
+        ValueError: They are too many, or too long together.
+    """
+    n_bytes = sum(len(label.encode("utf-8", "surrogatepass")) for label in (*classes, *labels))
+    if len(classes) > LABELS_MAX or n_bytes > LABEL_BYTES_MAX:
+        raise ValueError(f"at most {LABELS_MAX} labels, {LABEL_BYTES_MAX} bytes together")

@@ -3,7 +3,7 @@
 A task's way through the mesh (``h`` = durable there before the next arrow):
 
     client ──Submit──▶ coordinator ──Hold──▶ holder h ──Held──▶ coordinator h ──TaskStatus(queued)──▶ client
-    coordinator ──Assign──▶ worker ──TaskTokens──▶ client
+    coordinator ──Assign──▶ worker ──TaskTokens, TaskProgress──▶ client
     worker h ──AttemptEnded──▶ coordinator h ──TaskResult──▶ client, ──Hold(outcome)──▶ holder h
     coordinator ──OutcomeTaken──▶ worker
 
@@ -117,6 +117,8 @@ class Submit:
             raise ValueError("messages are empty: at least one needs content")
         check_text("prompt", self.prompt, PROMPT_BYTES_MAX)
         check_text("messages", "".join(message.content for message in self.messages), PROMPT_BYTES_MAX)
+        if self.kind == "score" and self.n_text_bytes > PROMPT_BYTES_MAX:
+            raise ValueError(f"prompt, messages and texts together must be at most {PROMPT_BYTES_MAX} bytes")
         if len(self.messages) > 1024:
             raise ValueError("at most 1024 messages")
         check_count("max_tokens", self.max_tokens, MAX_TOKENS_MAX, least=1)
@@ -139,6 +141,14 @@ class Submit:
             raise ValueError(
                 "reply_to must be a plain topic of at most 512 bytes, with no + or #, not starting with $"
             )
+
+    @property
+    def n_text_bytes(self) -> int:
+        """UTF-8 bytes of all that is to be computed on; what is left of a submission is small."""
+        tune = self.tune
+        texts = [self.prompt or "", *(message.content for message in self.messages), *self.texts]
+        texts += [tune.data or "", tune.eval_data or ""] if tune is not None else []
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
     def _check_kind(self) -> None:
         """Each kind has its inputs, and no others: a field that would be ignored is a mistake."""
@@ -313,6 +323,11 @@ class Outcome:
     def __post_init__(self) -> None:
         if self.state not in TERMINAL_STATES:
             raise ValueError(f"an outcome is final, {self.state!r} is not")
+
+    @property
+    def n_bytes(self) -> int:
+        """About what it takes on disk; what is left of an outcome is small."""
+        return len(self.text.encode("utf-8", "surrogatepass")) + (self.output.n_bytes if self.output else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mesh.ids import NodeId, TaskId
-from mesh.messages.checks import check_count, check_id, check_positive, check_seconds, check_text
+from mesh.messages.checks import (
+    check_count,
+    check_fraction,
+    check_id,
+    check_positive,
+    check_seconds,
+    check_text,
+)
 
 __all__ = ["INLINE_DATA_BYTES_MAX", "TaskProgress", "TuneSpec", "TuneTask"]
 
@@ -90,7 +97,11 @@ class TuneSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskProgress:
-    """How far a tuning attempt is. QoS 0: the next one replaces it, the result is complete."""
+    """How far a tuning attempt is. QoS 0: the next one replaces it, the result is complete.
+
+    ``seq`` counts from 0 within one attempt. A new ``attempt`` carries on where the last one saved its
+    state, so ``fraction`` may go back a little, and does not start over.
+    """
 
     task: TaskId
     attempt: int
@@ -116,6 +127,7 @@ class TaskProgress:
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
+        check_fraction("fraction", self.fraction)
         check_seconds("eta_s", self.eta_s)
         check_text("text", self.text, 2000)
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, MeshName, NodeId, TaskId
 from mesh.messages import (
+    AdapterCard,
     Assign,
     AttemptEnded,
     AttemptId,
@@ -28,9 +29,12 @@ from mesh.messages import (
     LeaseRecord,
     NodeState,
     Outcome,
+    Output,
     Submit,
+    TaskProgress,
     TaskRecord,
     TaskStatus,
+    TuneSpec,
     Unacceptable,
 )
 from mesh.packets import Packet, read
@@ -61,7 +65,51 @@ epochs = st.builds(
 texts = st.text(max_size=200).filter(lambda text: text.strip() != "")
 # What survives UTF-8: a lone surrogate is no text.
 plain_texts = texts.filter(lambda text: text.isascii() or text.encode("utf-8", "ignore").decode() == text)
+names = st.from_regex(r"[a-z0-9]{1,20}", fullmatch=True)
+numbers = st.floats(-1e9, 1e9)
+specs = st.builds(
+    TuneSpec,
+    adapter=names,
+    task=st.sampled_from(["classify", "chat", "complete"]),
+    data=plain_texts,
+    eval_data=st.none() | plain_texts,
+    holders=st.lists(names.map(NodeId), max_size=3),
+    skip_bad=st.booleans(),
+    method=names,
+    top_layers=st.none() | st.integers(1, 1024),
+    targets=st.lists(names, max_size=3),
+    rank=st.integers(1, 1024),
+    learning_rate=st.none() | st.floats(1e-9, 1),
+    feature_error=st.floats(0, 1, exclude_max=True),
+)
+outputs = st.one_of(
+    st.builds(Output, labels=st.lists(plain_texts, max_size=3), classes=st.lists(plain_texts, max_size=3)),
+    st.builds(Output, scores=st.lists(st.lists(numbers, max_size=3), max_size=3)),
+    st.builds(Output, vectors=st.lists(st.lists(numbers, max_size=3), max_size=3)),
+    st.builds(
+        Output,
+        adapter=st.builds(
+            AdapterCard,
+            name=names,
+            digest=names,
+            method=names,
+            top_layers=st.integers(1, 99),
+            first_layer=st.integers(0, 99),
+            bytes=st.integers(0, 2**53 - 1),
+            task=names,
+            labels=st.lists(plain_texts, max_size=3),
+            metric=st.none() | numbers,
+        ),
+    ),
+)
 submits = st.one_of(
+    st.builds(Submit, kind=st.just("tune"), tune=specs),
+    st.builds(
+        Submit, kind=st.just("classify"), adapter=names, texts=st.lists(plain_texts, min_size=1, max_size=3)
+    ),
+    st.builds(
+        Submit, kind=st.just("score"), prompt=plain_texts, texts=st.lists(plain_texts, min_size=1, max_size=3)
+    ),
     st.builds(
         Submit,
         prompt=plain_texts,
@@ -86,6 +134,7 @@ outcomes = st.builds(
     queue_s=st.floats(0, 1e6),
     ttft_s=st.none() | st.floats(0, 1e6),
     service_s=st.floats(0, 1e6),
+    output=st.none() | outputs,
 )
 records = st.builds(
     TaskRecord,
@@ -100,6 +149,17 @@ records = st.builds(
 )
 messages = st.one_of(
     records,
+    st.builds(
+        TaskProgress,
+        task=st.just(T),
+        attempt=st.integers(1, 1000),
+        seq=st.integers(0, 2**53 - 1),
+        phase=st.sampled_from(["reading", "features", "choosing", "training", "saving"]),
+        fraction=st.floats(0, 1),
+        loss=st.none() | numbers,
+        eta_s=st.none() | st.floats(0, 1e9),
+        text=plain_texts,
+    ),
     st.builds(
         Assign,
         epoch=epochs,

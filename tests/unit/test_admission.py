@@ -53,7 +53,12 @@ def test_a_model_may_be_asked_for_by_any_name_its_node_gives() -> None:
             "no node serves model 'other'; served here: test/Tiny-1M",
             False,
         ),
-        (Submit(prompt="hi", adapter="french"), 0, "no node has adapter 'french'; known here: german", False),
+        (
+            Submit(prompt="hi", adapter="french"),
+            0,
+            "no node has adapter 'french': those there are: german",
+            False,
+        ),
         (Submit(prompt="hi", max_tokens=2048), 0, "longer than the context of 2048 tokens", False),
         (Submit(prompt="x" * 70_000), 0, "longer than the context", False),
     ],

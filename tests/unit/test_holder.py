@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.holder import Holder
-from coordinator.store import RecordStore, StoreConfig, task_key
+from coordinator.store import RecordStore, StoreConfig, attempt_key, task_key
 from coordinator.task import digest_of
 from mesh.agreement.fence import Fence
 from mesh.core import Effect, Save, Send
@@ -17,9 +17,12 @@ from mesh.messages import (
     Hold,
     Inventory,
     Outcome,
+    Output,
     Recall,
     StaleCommand,
+    Submit,
     TaskRecord,
+    TuneSpec,
 )
 from tests.unit.task_world import ask
 
@@ -159,3 +162,46 @@ def test_a_store_is_bounded_in_bytes_too_so_that_its_journal_never_fills_up() ->
     again = RecordStore(now=0, journal=journal, config=config)
     effects = again.put(record("one-more", text="y" * 1000, prompt="x" * 1000), 0)
     assert len(effects) == 2 and again.n_records == 5, "counted after a restart as well"
+
+
+def test_data_texts_and_outputs_count_like_prompts_and_answers() -> None:
+    texts, data = ["x" * 500] * 2, "y" * 600
+    vectors = Output(vectors=[[0.5] * 100])
+    base = record("b", text="")
+    assert base.outcome is not None
+    tasks = {
+        "embed": replace(base, task=TaskId("embed"), submit=Submit(kind="embed", texts=texts)),
+        "tune": replace(
+            base,
+            task=TaskId("tune"),
+            submit=Submit(kind="tune", tune=TuneSpec(adapter="a", data=data, eval_data=data)),
+        ),
+        "vectors": replace(
+            base,
+            task=TaskId("vectors"),
+            submit=Submit(prompt="hi"),
+            outcome=replace(base.outcome, output=vectors),
+        ),
+    }
+    for one in tasks.values():
+        size = 100 + max(one.submit.n_text_bytes, one.outcome.n_bytes)  # type: ignore[union-attr]
+        store = RecordStore(now=0, config=StoreConfig(settled_bytes_max=size))
+        store.put(one, 0)
+        store.put(replace(one, task=TaskId("next")), 1)
+        assert store.n_records == 1 and size > 900, "the older one went"
+
+
+def test_outcomes_nobody_takes_are_bounded_in_bytes_too() -> None:
+    outcome = record("e", text="").outcome
+    assert outcome is not None
+    vectors = replace(outcome, output=Output(vectors=[[0.5] * 100]))
+    config = StoreConfig(ended_bytes_max=4000)
+    store = RecordStore(now=0, config=config)
+    for k in range(1, 10):
+        store.end(AttemptEnded(task=TaskId("t"), attempt=k, epoch=E1, outcome=vectors))
+    assert sorted(attempt for _, attempt in store.ended) == [6, 7, 8, 9]
+    journal = {attempt_key(one.task, one.attempt): one for one in store.ended.values()}
+    again = RecordStore(now=0, journal=journal, config=config)
+    again.take(TaskId("t"), 9)
+    again.end(AttemptEnded(task=TaskId("t"), attempt=10, epoch=E1, outcome=vectors))
+    assert sorted(attempt for _, attempt in again.ended) == [6, 7, 8, 10]

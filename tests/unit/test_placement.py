@@ -9,7 +9,7 @@ from time import perf_counter
 from coordinator.cluster import Node
 from coordinator.placement import Waiting, least_loaded, why_waiting
 from mesh.ids import NodeId, TaskId
-from mesh.messages import Submit
+from mesh.messages import Submit, TuneSpec
 from tests.unit.task_world import info, report
 
 
@@ -92,3 +92,35 @@ def test_a_thousand_tasks_on_sixteen_nodes_are_placed_within_a_tick() -> None:
         assert len(least_loaded(tasks, nodes, {})) == 1000
         best_s = min(best_s, perf_counter() - began)
     assert best_s < 0.1, f"{best_s} s"
+
+
+def tune(*holders: str) -> Submit:
+    spec = TuneSpec(adapter="a", data_sha256="0" * 64, holders=[NodeId(name) for name in holders])
+    return Submit(kind="tune", tune=spec)
+
+
+def test_a_tuning_task_goes_where_its_data_are() -> None:
+    nodes = [node("a", slots=4), node("b"), node("c")]
+    for holders, goes in ((("c", "d"), ["c"]), ((), ["a"]), (("d",), [])):
+        assert where(least_loaded([Waiting(task=TaskId("t"), submit=tune(*holders))], nodes, {})) == goes
+
+
+def test_who_waits_for_data_or_an_adapter_is_told_which() -> None:
+    nodes = [node("a", adapters=("german", "poet")), node("b", adapters=("poet",))]
+    assert why_waiting(Submit(prompt="hi", adapter="french"), nodes) == (
+        "no node has adapter 'french': those there are: german, poet"
+    )
+    assert why_waiting(Submit(prompt="hi", adapter="poet"), nodes) is None
+    assert why_waiting(Submit(prompt="hi", adapter="x"), [node("a")]) == (
+        "no node has adapter 'x': those there are: none"
+    )
+    many = [node("a", adapters=tuple(f"a{k:04}" for k in range(1000)))]
+    assert "and 980 more" in (why_waiting(Submit(prompt="hi", adapter="x"), many) or "")
+    assert why_waiting(tune("d", "e"), nodes) == "its data are on d, e, and none of these can compute now"
+    assert why_waiting(tune("b"), nodes) is None
+
+
+def test_a_node_with_the_adapter_that_still_loads_is_waited_for() -> None:
+    nodes = [node("a"), node("b", adapters=("poet",), ready=False)]
+    told = why_waiting(Submit(prompt="hi", adapter="poet"), nodes)
+    assert told is not None and told.startswith("no node can start it yet (b: ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import msgpack
@@ -12,6 +12,7 @@ import pytest
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, MeshName, NodeId, TaskId
 from mesh.messages import (
+    AdapterCard,
     Assign,
     AttemptEnded,
     ChatMessage,
@@ -20,16 +21,21 @@ from mesh.messages import (
     LeaseRecord,
     NodeReport,
     Outcome,
+    Output,
     Submit,
     TaskEvent,
+    TaskProgress,
     TaskRecord,
     TaskReply,
     TaskResult,
     TaskStatus,
     TaskTokens,
+    TuneSpec,
     Unacceptable,
 )
+from mesh.messages.output import LABEL_BYTES_MAX, LABELS_MAX, NUMBERS_MAX, TEXTS_MAX
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
+from mesh.messages.tune import INLINE_DATA_BYTES_MAX
 from mesh.wire import (
     FRAME_BYTES_MAX,
     JSON_BYTES_MAX,
@@ -180,6 +186,73 @@ def test_the_largest_record_fits_one_frame() -> None:
     assert len(encode_json(submit)) < JSON_BYTES_MAX
 
 
+@pytest.mark.parametrize("kind", ["embed", "classify", "tune"])
+def test_the_largest_record_of_each_kind_fits_one_frame_and_its_result_one_json_message(kind: str) -> None:
+    small = {"id": TaskId("t" * 63), "reply_to": "x" * 512, "correlation": "x" * 1024, "model": "😀" * 200}
+    texts = ["x" * (PROMPT_BYTES_MAX // TEXTS_MAX)] * TEXTS_MAX
+    label = "x" * (LABEL_BYTES_MAX // 2 // TEXTS_MAX)
+    card = AdapterCard(
+        name="a" * 63, digest="d" * 64, method="lora", top_layers=4, first_layer=26, bytes=10**9,
+        task="classify", labels=["😀" * (LABEL_BYTES_MAX // LABELS_MAX // 4)] * LABELS_MAX, metric=0.1,
+    )  # fmt: skip
+    data = "x" * INLINE_DATA_BYTES_MAX
+    numbers = [[-1.2345678901234567e-100] * (NUMBERS_MAX // TEXTS_MAX)] * TEXTS_MAX
+    submit, output = {
+        "embed": (Submit(kind="embed", texts=texts, **small), Output(vectors=numbers)),
+        "classify": (
+            Submit(kind="classify", texts=texts, adapter="😀" * 200, **small),
+            Output(labels=[label] * TEXTS_MAX, classes=[label] * TEXTS_MAX, scores=numbers),
+        ),
+        "tune": (
+            Submit(kind="tune", tune=TuneSpec(adapter="a", data=data, eval_data=data), **small),
+            Output(adapter=card),
+        ),
+    }[kind]
+    outcome = replace(OUTCOME, text="x" * 4096, output=output)
+    record = TaskRecord(
+        task=TaskId("t" * 63), submit=submit, digest="d" * 64, budget_s=1.5, outcome=outcome, epoch=EPOCH
+    )
+    frame = MESH.encode(record)
+    assert MESH.decode(frame) == record
+    assert len(frame) <= submit.n_text_bytes + outcome.n_bytes + 45 * 1024, "as the stores count it"
+    result = TaskResult(
+        task=TaskId("t"), state="done", text="x" * 4096, finish_reason=None, reason=None, node=A, attempt=1,
+        epoch=EPOCH, n_prompt_tokens=1, n_tokens=1, queue_s=0.0, ttft_s=None, service_s=0.2, output=output,
+    )  # fmt: skip
+    assert decode_json(encode_json(result), TaskResult) == result
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"vectors": [[0.5] * (NUMBERS_MAX + 1)]},
+        {"labels": ["x"] * (TEXTS_MAX + 1)},
+        {"classes": ["x"] * (LABELS_MAX + 1)},
+        {"labels": ["x" * (LABEL_BYTES_MAX + 1)]},
+    ],
+)
+def test_an_output_too_large_to_travel_is_none(output: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at most"):
+        Output(**output)
+
+
+def test_an_older_worker_s_outcome_and_a_newer_one_s_progress_are_understood() -> None:
+    plain = to_plain(OUTCOME)
+    del plain["output"]
+    ended = {
+        "type": "AttemptEnded",
+        "v": 1,
+        "task": "t-1",
+        "attempt": 1,
+        "epoch": plain["epoch"],
+        "outcome": plain,
+    }
+    message = MESH.decode(msgpack.packb(ended))
+    assert isinstance(message, AttemptEnded) and message.outcome == OUTCOME
+    newer = {"task": "t", "attempt": 1, "seq": 2, "phase": "training", "fraction": 0.5, "gpu": {"new": 1}}
+    assert decode_json(json.dumps(newer).encode(), TaskProgress).fraction == 0.5
+
+
 def test_what_is_too_large_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ValueError, match="a frame has at most"):
         MESH.encode(TaskEvent(text="x" * FRAME_BYTES_MAX))
@@ -215,7 +288,30 @@ def test_the_smallest_submission_is_a_prompt() -> None:
         ({"prompt": "hi", "value": 0}, "value must be a positive, finite number, got 0"),
         ({"prompt": "hi", "value": -1}, "value must be a positive, finite number, got -1"),
         ({"prompt": "hi", "deadline_s": -3}, "deadline_s must be a positive, finite number, got -3"),
-        ({"prompt": "hi", "kind": "tune"}, "kind must be 'generate', got 'tune'"),
+        (
+            {"prompt": "hi", "kind": "tuen"},
+            "kind must be 'generate' or 'score' or 'classify' or 'embed' or 'tune'",
+        ),
+        ({"prompt": "hi", "kind": "tune"}, "a tune task takes 'tune', not 'prompt' or 'messages'"),
+        ({"kind": "tune"}, "a tune task needs 'tune': what to train"),
+        ({"kind": "tune", "tune": {"adaptor": "x"}}, "unknown field 'tune.adaptor'; did you mean 'adapter'?"),
+        ({"kind": "tune", "tune": {"adapter": "x"}}, "give the records either in 'data' or by 'data_sha256'"),
+        ({"kind": "tune", "tune": {"data": "{}"}}, "tune.adapter is missing"),
+        ({"kind": "tune", "tune": {"adapter": "../x", "data": "{}"}}, "adapter must be 1 to 63 of a-z"),
+        (
+            {"kind": "tune", "tune": {"adapter": "x", "data": "{}", "task": "guess"}},
+            "tune.task must be 'classify'",
+        ),
+        ({"prompt": "hi", "tune": {"adapter": "x", "data": "{}"}}, "'tune' needs kind 'tune'"),
+        ({"kind": "classify", "texts": ["hi"]}, "a classify task needs 'adapter'"),
+        ({"kind": "classify", "adapter": "x"}, "a classify task needs 'texts' (a list of strings)"),
+        ({"prompt": "hi", "texts": ["hi"]}, "a generate task takes no 'texts'"),
+        ({"kind": "embed", "texts": ["hi", " "]}, "texts takes 1 to 256 strings that are not empty"),
+        ({"kind": "embed", "texts": ["hi"] * 257}, "texts takes 1 to 256 strings"),
+        (
+            {"kind": "score", "prompt": "x" * 200_000, "texts": ["y" * 100_000]},
+            "together must be at most 262144",
+        ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role must be 'system' or 'user' or"),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "user", "text": "x"}]}, "unknown field 'messages[0].text'"),
@@ -358,6 +454,15 @@ def test_public_json_is_what_a_person_would_expect() -> None:
 
 
 def test_every_field_of_a_submission_has_a_sentence_for_a_wrong_type() -> None:
+    assert "tune must be an object or null, got a list" in reason({"kind": "tune", "tune": []})
     for field in fields(Submit):
+        if field.name == "tune":
+            continue
         said = reason({"prompt": "hi", field.name: {}})
         assert said.startswith(f"{field.name} must be ") and "got an object" in said, said
+
+
+def test_every_field_of_what_to_tune_has_a_sentence_for_a_wrong_type() -> None:
+    for field in fields(TuneSpec):
+        said = reason({"kind": "tune", "tune": {"adapter": "x", "data": "{}", field.name: {}}})
+        assert said.startswith(f"tune.{field.name} must be ") and "got an object" in said, said

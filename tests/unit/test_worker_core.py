@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.facts import (
+    AdaptersChanged,
     AttemptFinished,
+    AttemptProgress,
     AttemptText,
     DrainChanged,
     EngineLost,
@@ -29,7 +31,10 @@ from mesh.messages import (
     OutcomeTaken,
     Refused,
     StaleCommand,
+    Submit,
+    TaskProgress,
     TaskTokens,
+    TuneSpec,
 )
 from tests.unit.task_world import MODEL, answer_of, ask
 
@@ -263,3 +268,52 @@ def test_tokens_are_numbered_and_late_ones_of_an_ended_attempt_are_dropped() -> 
     assert one.learn(AttemptText(TaskId("t"), 2, "x", 1), 0) == []
     finish(one, order())
     assert one.learn(AttemptText(TaskId("t"), 1, "c", 1), 1) == []
+
+
+def progress(attempt: int = 1, fraction: float = 0.5) -> TaskProgress:
+    return TaskProgress(task=TaskId("t"), attempt=attempt, seq=0, phase="training", fraction=fraction)
+
+
+def test_progress_is_numbered_and_what_a_stale_attempt_says_is_dropped() -> None:
+    one = worker()
+    one.receive(order(attempt=2), BOSS, 0)
+    effects = [e for k in range(3) for e in one.learn(AttemptProgress(progress(2, k / 10)), 0)]
+    assert [(e.message.seq, e.message.fraction) for e in effects if isinstance(e, Broadcast)] == [
+        (0, 0.0),
+        (1, 0.1),
+        (2, 0.2),
+    ]
+    assert one.learn(AttemptProgress(progress(1)), 0) == [] == one.learn(AttemptProgress(progress(3)), 0)
+    finish(one, order(attempt=2))
+    assert one.learn(AttemptProgress(progress(2)), 1) == []
+
+
+def test_who_wants_no_stream_gets_no_progress() -> None:
+    one = worker()
+    one.receive(order(submit=replace(ask(), stream=False)), BOSS, 0)
+    assert one.learn(AttemptProgress(progress()), 0) == []
+
+
+def test_an_attempt_with_an_adapter_runs_where_it_is_and_only_while_it_is_there() -> None:
+    one = worker()
+    task = order(submit=replace(ask(), adapter="poet"))
+    (refused,) = sent(one.receive(task, BOSS, 0), Refused)
+    assert refused.reason == "it has no adapter 'poet'"
+    one.learn(AdaptersChanged(("poet",)), 0)
+    assert facts(one.receive(replace(task, attempt=2), BOSS, 0), StartAttempt)
+    finish(one, replace(task, attempt=2))
+    one.learn(EngineReady(MODEL, 2048, 2), 1)
+    assert sent(one.receive(replace(task, task=TaskId("u")), BOSS, 1), Refused)
+    one.learn(EngineReady(MODEL, 2048, 2, adapters=("poet",)), 2)
+    assert facts(one.receive(replace(task, task=TaskId("v")), BOSS, 2), StartAttempt)
+
+
+def test_a_tuning_attempt_runs_where_its_data_are() -> None:
+    def tune(*holders: str) -> Submit:
+        spec = TuneSpec(adapter="a", data_sha256="0" * 64, holders=[NodeId(name) for name in holders])
+        return Submit(kind="tune", tune=spec)
+
+    (refused,) = sent(worker().receive(order(submit=tune("other")), BOSS, 0), Refused)
+    assert refused.reason == "the data are on other"
+    assert facts(worker().receive(order(submit=tune("other", "me")), BOSS, 0), StartAttempt)
+    assert facts(worker().receive(order(submit=tune()), BOSS, 0), StartAttempt)
