@@ -20,7 +20,14 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from coordinator.facts import DrainChanged, EngineLost, EngineReady, StartAttempt, StopAttempt
+from coordinator.facts import (
+    AdaptersChanged,
+    DrainChanged,
+    EngineLost,
+    EngineReady,
+    StartAttempt,
+    StopAttempt,
+)
 from coordinator.stack import Cores, build_cores
 from mesh.brokers.contract import BrokerSettings
 from mesh.core import Fact
@@ -43,9 +50,9 @@ from mesh.facts import (
 from mesh.ids import NodeId, new_boot
 from mesh.journal import Journal
 from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeState, PeerHello
-from mesh.messages.node import ADDRESSES_MAX
+from mesh.messages.node import ADAPTERS_MAX, ADDRESSES_MAX
 from mesh.packets import node_filters
-from mesh.topics import EVENT, RESULT, STATUS, STREAM, access_list
+from mesh.topics import EVENT, PROGRESS, RESULT, STATUS, STREAM, access_list
 from mesh.transport.bus import Heard
 from mesh.transport.discovery import Advert, Discovery, Gone, Sighting
 from mesh.transport.identity import MeshKey
@@ -155,7 +162,7 @@ class Agent:
             external=settings.broker,
         )
         # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
-        rows = [STATUS, STREAM, RESULT, EVENT] if self.has_screen else []
+        rows = [STATUS, STREAM, PROGRESS, RESULT, EVENT] if self.has_screen else []
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,
@@ -199,9 +206,9 @@ class Agent:
         )
         self._worker: ComputeWorker | None = None
         if self._model is not None:
-            from node.worker import ComputeWorker  # a node without compute does without
+            from node.worker import ComputeWorker, load_of  # a node without compute does without
 
-            self._worker = ComputeWorker(self._model, models_dir=state.models_dir, learn=self._driver.learn)
+            self._worker = ComputeWorker(load_of(self._model, settings, state), learn=self._driver.learn)
         self._discovery: Discovery | None = None
         self._advert_changed = asyncio.Event()
         self._has_joined = False
@@ -311,12 +318,16 @@ class Agent:
             case StartAttempt() | StopAttempt():
                 if self._worker is not None:
                     self._worker.carry_out(fact)
-            case EngineReady(model=model, context_tokens=context_tokens, slots=slots, also_called=others):
+            case EngineReady():
                 device = self._worker.device if self._worker is not None else "none"
                 self._change_info(
-                    model=model, also_called=list(others), context_tokens=context_tokens, slots=slots,
-                    device=device or "cpu",
+                    model=fact.model, also_called=list(fact.also_called), slots=fact.slots,
+                    context_tokens=fact.context_tokens, device=device or "cpu",
+                    precision=fact.precision or None, precision_reason=fact.precision_reason or None,
+                    adapters=list(fact.adapters[:ADAPTERS_MAX]),
                 )  # fmt: skip
+            case AdaptersChanged(names=names):
+                self._change_info(adapters=list(names[:ADAPTERS_MAX]))
             case EngineLost():
                 self._change_info(slots=0)
             case DrainChanged(leave=leave):
@@ -482,4 +493,4 @@ class Agent:
             return f"draining, {running} to finish" if running else "drained"
         if not self._worker.is_ready:
             return self._worker.activity
-        return f"{running} task{'s' if running != 1 else ''}" if running else "idle"
+        return self._worker.activity if running else "idle"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from coordinator.facts import NODE_STOPS, DrainChanged, EngineLost, EngineReady
+from coordinator.facts import NODE_STOPS, AdaptersChanged, DrainChanged, EngineLost, EngineReady
 from mesh.core import Fact
 from mesh.facts import Deposed, Elected, Followed, LinkDown, LinkUp, MemberChanged, StopBroker
 from mesh.ids import NodeId
@@ -37,7 +37,14 @@ def log_fact(log: logging.Logger, fact: Fact, me: NodeId) -> None:
             say(log, "member", text, member=node, standing=str(standing), incarnation=incarnation)
         case EngineReady(model=model, context_tokens=context_tokens, slots=slots):
             text = f"{model} is loaded: {slots} at once, up to {context_tokens} tokens"
-            say(log, "engine_ready", text, model=model, context_tokens=context_tokens, slots=slots)
+            if fact.precision:
+                text += f", in {fact.precision}" + (
+                    f" ({fact.precision_reason})" if fact.precision_reason else ""
+                )
+            say(log, "engine_ready", text, model=model, context_tokens=context_tokens, slots=slots,
+                precision=fact.precision, adapters=len(fact.adapters))  # fmt: skip
+        case AdaptersChanged(names=names):
+            say(log, "adapters", f"adapters here: {', '.join(names) or 'none'}", names=list(names))
         case EngineLost(reason=reason):
             level = logging.INFO if reason == NODE_STOPS else logging.WARNING
             say(log, "engine_lost", f"compute ended: {reason}", level, reason=reason)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -42,9 +43,12 @@ CONFIG_VARIABLE = "EDGEMESH_CONFIG"
 CONFIG_BYTES_MAX = 1024 * 1024  # a full table is about 1 KiB; anything near this is another file
 SEED_PORT = 8470
 """``mesh.transport.streams.DEFAULT_PORT``, without importing its HTTP library into every command."""
+THREADS_MAX = 1024
+SIZE_MAX_BYTES = 10**15
 TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -81,6 +85,13 @@ class Settings:
     compute: bool = True
     model: str | None = None
     """``None``: the catalogue's default."""
+    precision: Precision = "auto"
+    threads: int | None = None
+    """``None``: as many as there are physical cores."""
+    adapter_memory: int = 512_000_000
+    """Bytes, as the next two."""
+    feature_memory: int = 512_000_000
+    feature_disk: int = 4_000_000_000
     headless: bool = False
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -145,6 +156,34 @@ def _port(value: Any) -> int:
     if not 0 <= port <= 65535:
         raise ValueError(f"must be a port from 0 (any free one) to 65535, got {value!r}")
     return port
+
+
+def _threads(value: Any) -> int:
+    try:
+        threads = int(value) if not isinstance(value, bool) else 0
+    except (TypeError, ValueError):
+        threads = 0
+    if not 1 <= threads <= THREADS_MAX:
+        raise ValueError(f"must be a number of threads from 1 to {THREADS_MAX}, got {value!r}")
+    return threads
+
+
+def _size(value: Any) -> int:
+    """Bytes from a number, or from text such as ``512MB`` (decimal) or ``2GiB`` (binary)."""
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found:
+        base = 1024 if found["binary"] else 1000
+        size: float = float(found["number"]) * base ** " kmgt".index((found["prefix"] or " ").lower())
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        size = -1
+    if not 0 <= size <= SIZE_MAX_BYTES:
+        raise ValueError(f"must be a size such as 512MB or 2GiB, got {value!r}")
+    return round(size)
+
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *((?P<prefix>[kmgt])(?P<binary>i)?)?b?", re.IGNORECASE)
 
 
 def _one_of(*words: str) -> Callable[[Any], str]:
@@ -265,6 +304,17 @@ TABLE: tuple[Setting, ...] = (
             help="Load no model: relay, coordinate and host the broker only."),
     Setting(name="model", parse=_text, metavar="NAME|PATH",
             help="Catalogue name, hub id, directory or GGUF file [default: the catalogue's default]."),
+    Setting(name="precision", parse=_one_of("auto", "fp32", "bf16", "fp16", "int8", "int4"),
+            metavar="auto|fp32|bf16|fp16|int8|int4",
+            help="Number format of the weights; auto: by free memory and measured speed [default: auto]."),
+    Setting(name="threads", parse=_threads, metavar="N",
+            help="Most threads to compute with; fewer while others need them [default: all cores]."),
+    Setting(name="adapter_memory", parse=_size, metavar="SIZE",
+            help="Memory for adapters; those not in use leave first [default: 512MB]."),
+    Setting(name="feature_memory", parse=_size, metavar="SIZE",
+            help="Memory for feature maps, the cache of tuning [default: 512MB]."),
+    Setting(name="feature_disk", parse=_size, metavar="SIZE",
+            help="Disk space for feature maps [default: 4GB]."),
     Setting(name="headless", parse=_switch,
             help="Plain log lines even on a terminal."),
     Setting(name="log_format", parse=_one_of("text", "json"), metavar="text|json",

@@ -9,6 +9,9 @@
                               *.pem       its certificate
                           clients/<name>/ certificates issued to people and scripts
            models/                        weights, shared by all meshes
+           adapters/<name>/               adapters trained or put here, as ``peft`` writes them
+           datasets/<sha256>.jsonl        tuning data too large to travel with their task
+           features/                      feature maps and checkpoints of tuning: may be removed at any time
 
 Several processes on one machine share the directory: a slot belongs to whoever holds its lock, and
 ``flock`` lets go when the process dies, however it dies. Files that matter are written beside their
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -297,7 +301,7 @@ class StateDir:
             with suppress(OSError):  # a hint that cannot be removed is probed before use anyway
                 (self._mesh(mesh) / "broker.json").unlink(missing_ok=True)
 
-    # ── clients and models ──────────────────────────────────────────────────────────────────────────
+    # ── clients, models and data ────────────────────────────────────────────────────────────────────
 
     def client_identity(self, key: MeshKey, name: str, *, is_member: bool = True) -> Identity:
         """The certificate of a client called ``name``, issued if it is not there yet.
@@ -320,6 +324,32 @@ class StateDir:
     def models_dir(self) -> Path:
         """Where weights live; not created here."""
         return self.path / "models"
+
+    @property
+    def adapters_dir(self) -> Path:
+        return self.path / "adapters"
+
+    @property
+    def datasets_dir(self) -> Path:
+        return self.path / "datasets"
+
+    @property
+    def features_dir(self) -> Path:
+        return self.path / "features"
+
+    def keep_dataset(self, content: bytes) -> str:
+        """Tuning data for the nodes of this machine, durable on return; their SHA-256.
+
+        Raises:
+            ConfigError: The directory cannot be written.
+        """
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.datasets_dir / f"{digest}.jsonl"
+        with _readable_errors(path):
+            _make_dir(path.parent)
+            if not path.exists():  # it is durable and whole, or it would not have its name
+                _write_bytes(path, content)
+        return digest
 
     def _mesh(self, mesh: MeshName) -> Path:
         assert is_id(mesh), f"a mesh name that cannot be a file name: {mesh!r}"

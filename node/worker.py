@@ -1,7 +1,8 @@
 """Keeps a compute process alive and translates between its frames and the node's facts.
 
     StartAttempt, StopAttempt ──▶ Run, Stop ─▷ child
-    child ─▷ Loading, Ready, Text, Ended ──▶ activity, EngineReady, AttemptText, AttemptFinished
+    child ─▷ Loading, Ready ──▶ activity, EngineReady          Adapters ──▶ AdaptersChanged
+             Text, Progress, Ended ──▶ AttemptText, AttemptProgress, AttemptFinished
 
     absent ──start──▶ loading ──Ready──▶ ready ──exit──▶ absent, and again after a pause
                          └──LoadFailed, exit──▶ absent (for good if trying again cannot help)
@@ -23,13 +24,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Literal
 
 from coordinator.facts import (
     NODE_STOPS,
+    AdaptersChanged,
     AttemptFinished,
+    AttemptProgress,
     AttemptText,
     EngineLost,
     EngineReady,
@@ -39,14 +40,16 @@ from coordinator.facts import (
 from mesh.core import Fact
 from mesh.errors import DecodeError
 from mesh.ids import TaskId
-from mesh.messages import Assign, Outcome
+from mesh.messages import Assign, Outcome, TaskProgress
 from node.compute.messages import (
     CODEC,
     LENGTH_BYTES,
+    Adapters,
     Ended,
     Load,
     LoadFailed,
     Loading,
+    Progress,
     Ready,
     Run,
     Stop,
@@ -55,8 +58,10 @@ from node.compute.messages import (
     frame_size,
 )
 from node.logs import say
+from node.settings import Settings
+from node.state import StateDir
 
-__all__ = ["ComputeWorker", "pause_s"]
+__all__ = ["ComputeWorker", "load_of", "pause_s"]
 
 log = logging.getLogger(__name__)
 
@@ -83,34 +88,27 @@ class _End:
 
 
 class ComputeWorker:
-    """The shell around one compute process. ``learn`` takes facts; it must not call back at once."""
+    """The shell around one compute process, which is told to ``load``.
+
+    ``learn`` takes facts; it must not call back at once.
+    """
 
     def __init__(
         self,
-        model: str,
+        load: Load,
         *,
-        models_dir: Path,
         learn: Callable[[Fact], None],
-        precision: Literal["fp32", "bf16"] = "fp32",
-        threads: int | None = None,
         rng: Random | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        self._load = Load(
-            model=model,
-            models_dir=str(models_dir),
-            adapters_dir=str(models_dir.parent / "adapters"),
-            datasets_dir=str(models_dir.parent / "datasets"),
-            features_dir=str(models_dir.parent / "features"),
-            precision=precision,
-            threads=threads,
-        )
+        self._load = load
         self._learn = learn
         self._rng = rng or Random()
         self._command = tuple(command)
         self._process: asyncio.subprocess.Process | None = None
         self._ready: Ready | None = None
         self._running: dict[tuple[TaskId, int], Assign] = {}
+        self._progress: dict[TaskId, TaskProgress] = {}  # of tuning attempts that run
         self._spoken: deque[tuple[float, int]] = deque()  # (when, tokens) of the last _RATE_WINDOW_S
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._stopping = asyncio.Event()
@@ -256,12 +254,26 @@ class ComputeWorker:
             case Ready():
                 self._ready = message
                 self._learn(
-                    EngineReady(message.model, message.context_tokens, message.slots, message.also_called)
+                    EngineReady(
+                        model=message.model,
+                        context_tokens=message.context_tokens,
+                        slots=message.slots,
+                        also_called=message.also_called,
+                        precision=message.precision,
+                        precision_reason=message.precision_reason,
+                        adapters=message.adapters,
+                    )
                 )
+            case Adapters(names=names):
+                self._learn(AdaptersChanged(tuple(names)))
             case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
                 self._spoken.append((time.monotonic(), n_tokens))
                 self._learn(AttemptText(task, attempt, text, n_tokens))
+            case Progress(progress=progress):
+                self._progress[progress.task] = progress
+                self._learn(AttemptProgress(progress))
             case Ended():
+                self._progress.pop(message.task, None)
                 assign = self._running.pop((message.task, message.attempt), None)
                 if assign is not None:
                     self._finish(assign, _outcome(assign, message))
@@ -295,6 +307,7 @@ class ComputeWorker:
     def _lose_all(self, reason: str) -> None:
         """Every running attempt fails, to be tried elsewhere; the engine is gone."""
         self._ready = None
+        self._progress.clear()
         running, self._running = self._running, {}
         for assign in running.values():
             self._finish(assign, _lost(assign, reason))
@@ -303,6 +316,25 @@ class ComputeWorker:
         if self._ready is not None:
             n = len(self._running)
             self.activity = "idle" if n == 0 else f"{n} task{'s' if n != 1 else ''}"
+            if self._progress:
+                furthest = max(self._progress.values(), key=lambda progress: progress.fraction)
+                self.activity += f", tuning {furthest.fraction:.0%}"
+
+
+def load_of(model: str, settings: Settings, state: StateDir) -> Load:
+    """What a node with these settings tells its compute process."""
+    return Load(
+        model=model,
+        models_dir=str(state.models_dir),
+        adapters_dir=str(state.adapters_dir),
+        datasets_dir=str(state.datasets_dir),
+        features_dir=str(state.features_dir),
+        precision=settings.precision,
+        threads=settings.threads,
+        adapter_bytes=settings.adapter_memory,
+        feature_memory_bytes=settings.feature_memory,
+        feature_disk_bytes=settings.feature_disk,
+    )
 
 
 def pause_s(quick_ends: int, rng: Random) -> float:
@@ -376,5 +408,6 @@ def _outcome(assign: Assign, ended: Ended) -> Outcome:
         n_tokens=ended.n_tokens,
         ttft_s=ended.ttft_s,
         service_s=ended.service_s,
+        output=ended.output,
         retry=ended.state == "failed",
     )

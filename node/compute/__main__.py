@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -28,6 +29,7 @@ from mesh.units import bytes_text
 from node.compute.echo import EchoEngine
 from node.compute.engine import Engine, Event
 from node.compute.messages import (
+    Adapters,
     Ended,
     Load,
     LoadFailed,
@@ -35,25 +37,24 @@ from node.compute.messages import (
     Ready,
     Run,
     Stop,
-    Text,
     frame,
     read_frame,
 )
 from node.compute.models import CATALOGUE, Progress, Source, prepare, resolve
+from node.compute.outbox import Outbox
 from node.profile import memory_free_bytes, physical_cores
 
-__all__ = ["TextBatches", "main"]
+__all__ = ["main"]
 
 Say = Callable[[object], None]
-
-# People see text flow at 10 pieces a second, and a broker carries 10 messages a second per answer.
-TEXT_EVERY_S = 0.07
 
 # Beside the weights: interpreter, torch and tokenizer 0.4 GB (measured), buffers and states 0.2 GB.
 RUNTIME_BYTES = 600_000_000
 
 # Reading a GGUF holds the weights twice for a moment (measured: 1.55 GB for 0.54 GB of weights).
 CONVERT_FACTOR = 2
+
+ADAPTERS_EVERY_S = 2.0  # a listing of a directory; whoever puts an adapter there waits no longer for it
 
 _OOM_SCORE = "800"  # of 1000: when memory runs out, the kernel takes this process and not the node
 _NICE = 5  # heartbeats first: the node needs microseconds, and needs them now
@@ -62,47 +63,6 @@ _PR_SET_PDEATHSIG = 1
 
 class _NoMemoryError(Exception):
     """The model does not fit now; it may later."""
-
-
-class TextBatches:
-    """Joins the tokens of an answer to pieces worth a message. The first token goes out at once."""
-
-    def __init__(self, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
-        self._say = say
-        self._clock = clock
-        self._held: dict[tuple[str, int], Text] = {}
-        self._next_at: dict[tuple[str, int], float] = {}  # of attempts that have said something
-
-    @property
-    def due_s(self) -> float | None:
-        """Seconds until ``flush`` has something to send; ``None`` = nothing is held."""
-        if not self._held:
-            return None
-        return max(0.0, min(self._next_at[key] for key in self._held) - self._clock())
-
-    def take(self, event: Event) -> None:
-        key = (event.task, event.attempt)
-        if isinstance(event, Ended):
-            if (held := self._held.pop(key, None)) is not None:
-                self._say(held)
-            self._next_at.pop(key, None)
-            self._say(event)
-            return
-        if (held := self._held.get(key)) is not None:
-            event = Text(
-                task=event.task,
-                attempt=event.attempt,
-                text=held.text + event.text,
-                n_tokens=held.n_tokens + event.n_tokens,
-            )
-        self._held[key] = event
-        self._next_at.setdefault(key, self._clock())
-
-    def flush(self) -> None:
-        now = self._clock()
-        for key in [key for key in self._held if self._next_at[key] <= now]:
-            self._say(self._held.pop(key))
-            self._next_at[key] = now + TEXT_EVERY_S
 
 
 def main() -> int:
@@ -120,33 +80,69 @@ def main() -> int:
     if not isinstance(load, Load):
         raise DecodeError(f"the first message must be Load, got {type(load).__name__}")
     try:
-        engine, digest = _load(load, say)
+        loaded = _load(load, say)
     except ConfigError as error:
         say(LoadFailed(reason=str(error), is_permanent=True))
         return 1
     except (UnreachableError, _NoMemoryError, OSError) as error:
         say(LoadFailed(reason=str(error), is_permanent=False))
         return 1
+    engine = loaded.engine
+    adapters = _AdapterWatch(loaded.adapters, say)
     say(
         Ready(
             model=engine.model,
             context_tokens=engine.context_tokens,
             slots=engine.slots,
             device=engine.device,
-            digest=digest,
+            digest=loaded.digest,
+            precision=loaded.precision,
+            precision_reason=loaded.precision_reason,
+            adapters=adapters.names,
             also_called=tuple(name for name in engine.names[1:] if name != engine.model),
         )
     )
-    _serve(engine, inbox, say)
+    _serve(engine, adapters, inbox, say)
     return 0
 
 
-def _serve(engine: Engine, inbox: SimpleQueue[Any], say: Say) -> None:
-    batches = TextBatches(say)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    engine: Engine
+    digest: str
+    """Of the weights; of nothing for ``echo``."""
+    precision: str = ""
+    precision_reason: str = ""
+    adapters: Callable[[], tuple[str, ...]] = tuple
+    """Looks at the adapters' directory and names those that can be served."""
+
+
+class _AdapterWatch:
+    """Tells the node when the adapters have changed: somebody put one there, or tuning ended."""
+
+    def __init__(self, look: Callable[[], tuple[str, ...]], say: Say) -> None:
+        self._look = look
+        self._say = say
+        self.names = look()
+        self._due_at = time.monotonic() + ADAPTERS_EVERY_S
+
+    @property
+    def due_s(self) -> float:
+        return max(0.0, self._due_at - time.monotonic())
+
+    def look(self) -> None:
+        self._due_at = time.monotonic() + ADAPTERS_EVERY_S
+        if (names := self._look()) != self.names:
+            self.names = names
+            self._say(Adapters(names=list(names)))
+
+
+def _serve(engine: Engine, adapters: _AdapterWatch, inbox: SimpleQueue[Any], say: Say) -> None:
+    outbox = Outbox(say)
     while True:
-        dues = [due for due in (engine.due_s, batches.due_s) if due is not None]
+        dues = [due for due in (engine.due_s, outbox.due_s, adapters.due_s) if due is not None]
         events: list[Event] = []
-        for message in _waiting(inbox, min(dues) if dues else None):
+        for message in _waiting(inbox, min(dues)):
             match message:
                 case Run():
                     events += engine.start(message)
@@ -155,8 +151,12 @@ def _serve(engine: Engine, inbox: SimpleQueue[Any], say: Say) -> None:
         if engine.due_s == 0:
             events += engine.step()
         for event in events:
-            batches.take(event)
-        batches.flush()
+            if isinstance(event, Ended) and event.output is not None and event.output.adapter is not None:
+                adapters.look()  # before anybody hears that it is there and asks for it
+            outbox.take(event)
+        outbox.flush()
+        if adapters.due_s == 0:
+            adapters.look()
 
 
 def _waiting(inbox: SimpleQueue[Any], wait_s: float | None) -> list[Any]:
@@ -178,15 +178,15 @@ def _listen(inbox: SimpleQueue[Any]) -> None:
     os._exit(0)
 
 
-def _load(load: Load, say: Say) -> tuple[Engine, str]:
-    """The engine and the digest of its weights.
+def _load(load: Load, say: Say) -> _Loaded:
+    """The engine, and what the node says of it.
 
     Raises:
         ConfigError, UnreachableError, _NoMemoryError, OSError: With a sentence for the operator.
     """
     source = resolve(load.model)
     if source.kind == "echo":
-        return EchoEngine(load.model), ""
+        return _Loaded(engine=EchoEngine(load.model), digest="")
 
     def progress(text: str, fraction: float | None) -> None:
         say(Loading(text=text, fraction=fraction))
@@ -208,7 +208,8 @@ def _load(load: Load, say: Say) -> tuple[Engine, str]:
     backbone = load_backbone(directory, best_device(), dtype)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
-    return ModelEngine(names, backbone, Tokens(directory), threads), manifest.weights_sha256
+    engine = ModelEngine(names, backbone, Tokens(directory), threads)
+    return _Loaded(engine=engine, digest=manifest.weights_sha256)
 
 
 def _convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -> None:

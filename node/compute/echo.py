@@ -23,6 +23,8 @@ __all__ = ["EchoEngine"]
 CONTEXT_WORDS = 4096
 SLOTS = 4
 
+_WITHOUT_WEIGHTS = {"score": "score with", "classify": "classify with", "embed": "embed with", "tune": "tune"}
+
 _WORD = re.compile(r"\s*\S+\s*")
 
 
@@ -63,11 +65,13 @@ class EchoEngine:
     def start(self, run: Run) -> list[Event]:
         submit, key = run.submit, (run.task, run.attempt)
         refuse = refusal(run, self.names, slots_taken=len(self._running) >= self.slots)
-        words = _WORD.findall(_text_of(submit))
-        if refuse is None and len(words) > CONTEXT_WORDS:
-            refuse = refused(run, f"the prompt has {len(words)} words, echo takes at most {CONTEXT_WORDS}")
+        if refuse is None and (reason := _WITHOUT_WEIGHTS.get(submit.kind)) is not None:
+            refuse = refused(run, f"echo has no weights to {reason}; ask a node with a real model")
         if refuse is not None:
             return [refuse]
+        words = _WORD.findall(_text_of(submit))
+        if len(words) > CONTEXT_WORDS:
+            return [refused(run, f"the prompt has {len(words)} words, echo takes at most {CONTEXT_WORDS}")]
         answer = _until_stop(words, submit.stop)
         now = self._clock()
         self._running[key] = _Attempt(

@@ -2,20 +2,20 @@
 
 ``node.compute.echo`` and ``node.compute.model_engine`` implement it. An engine is single-threaded and
 synchronous; the process around it (``node.compute``) looks for new messages between two steps, so a step
-is short: a piece of a prompt or one token for every running attempt.
+is short: a piece of a prompt, one token for every running attempt, or a few steps of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from coordinator.cluster import serves
-from node.compute.messages import Ended, Run, Stop, Text
+from node.compute.messages import Ended, Progress, Run, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
 
-Event = Text | Ended
+Event = Text | Progress | Ended
 
 
 class Engine(Protocol):
@@ -54,7 +54,9 @@ class Engine(Protocol):
         """Do a little of everything that runs."""
 
 
-def refusal(run: Run, names: Iterable[str], slots_taken: bool) -> Ended | None:
+def refusal(
+    run: Run, names: Iterable[str], slots_taken: bool, adapters: Collection[str] = ()
+) -> Ended | None:
     """The end of an attempt that cannot start here, or ``None``.
 
     ``failed`` blames this node (another may take it), ``rejected`` blames the task.
@@ -63,7 +65,7 @@ def refusal(run: Run, names: Iterable[str], slots_taken: bool) -> Ended | None:
     known = list(names)
     if not serves(known[0], submit.model, known[1:]):
         return refused(run, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
-    if submit.adapter is not None:
+    if submit.adapter is not None and submit.adapter not in adapters:
         return refused(
             run, f"no adapter {submit.adapter!r} on this node; leave 'adapter' out for the plain model"
         )

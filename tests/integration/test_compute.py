@@ -28,10 +28,8 @@ from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, Submit
 from node import worker as worker_module
 from node.compute import __main__ as compute_module
-from node.compute.__main__ import TextBatches
 from node.compute.messages import (
     LENGTH_BYTES,
-    Ended,
     Load,
     Run,
     Text,
@@ -68,7 +66,7 @@ class Facts:
 @asynccontextmanager
 async def compute(model: str, models_dir: Path, **options: Any) -> AsyncIterator[tuple[ComputeWorker, Facts]]:
     facts = Facts()
-    worker = ComputeWorker(model, models_dir=models_dir, learn=facts.learn, **options)
+    worker = ComputeWorker(load(model, models_dir), learn=facts.learn, **options)
     task = asyncio.create_task(worker.run())
     try:
         yield worker, facts
@@ -166,7 +164,7 @@ async def test_a_killed_child_fails_its_attempts_for_a_retry_and_comes_back(tmp_
 
 async def test_an_attempt_without_a_loaded_model_fails_at_once_for_a_retry(tmp_path: Path) -> None:
     facts = Facts()
-    worker = ComputeWorker("echo", models_dir=tmp_path, learn=facts.learn)
+    worker = ComputeWorker(load("echo", tmp_path), learn=facts.learn)
     worker.carry_out(start("t1", "too early"))
     outcome = (await facts.next(AttemptFinished)).outcome
     assert outcome.retry and "no model is loaded" in (outcome.reason or "")
@@ -232,10 +230,13 @@ def test_the_child_ends_when_its_input_ends(tmp_path: Path) -> None:
 def test_the_child_dies_with_a_killed_node_and_is_the_first_to_go_without_memory(tmp_path: Path) -> None:
     code = f"""
 import asyncio, pathlib
-from node.worker import ComputeWorker
+from node.settings import Settings
+from node.state import StateDir
+from node.worker import ComputeWorker, load_of
 async def main():
-    worker = ComputeWorker("echo", models_dir=pathlib.Path({str(tmp_path)!r}),
-                           learn=lambda fact: print(worker.pid, flush=True))
+    path = pathlib.Path({str(tmp_path)!r})
+    load = load_of("echo", Settings(state_dir=path), StateDir(path))
+    worker = ComputeWorker(load, learn=lambda fact: print(worker.pid, flush=True))
     await worker.run()
 asyncio.run(main())
 """
@@ -279,28 +280,3 @@ def test_memory_is_counted_in_the_precision_computed_with_and_not_the_file_s(tmp
 def test_a_frame_longer_than_any_message_is_refused_before_it_is_read() -> None:
     with pytest.raises(DecodeError):
         frame_size(b"\xff" * LENGTH_BYTES)
-
-
-def test_batches_send_the_first_token_at_once_and_join_the_rest() -> None:
-    now = 10.0
-    said: list[Any] = []
-    batches = TextBatches(said.append, lambda: now)
-
-    def token(text: str) -> Text:
-        return Text(task=TaskId("t1"), attempt=1, text=text, n_tokens=1)
-
-    batches.take(token("a"))
-    batches.flush()
-    assert [piece.text for piece in said] == ["a"]
-    for text in "bcd":
-        now += 0.01
-        batches.take(token(text))
-        batches.flush()
-    assert len(said) == 1 and 0 < (batches.due_s or 0) <= 0.07
-    now += 0.1
-    batches.flush()
-    batches.take(token("e"))
-    batches.take(Ended(task=TaskId("t1"), attempt=1, state="done", text="abcde"))
-    assert [piece.text for piece in said] == ["a", "bcd", "e", "abcde"]
-    assert [getattr(piece, "n_tokens", 0) for piece in said][:3] == [1, 3, 1]
-    assert batches.due_s is None

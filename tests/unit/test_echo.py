@@ -8,7 +8,7 @@ import pytest
 
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
-from mesh.messages import ChatMessage, Submit
+from mesh.messages import ChatMessage, Submit, TuneSpec
 from node.compute.echo import CONTEXT_WORDS, EchoEngine
 from node.compute.messages import Ended, Run, Stop, Text
 from node.compute.models import echo_rate
@@ -136,3 +136,19 @@ def test_what_it_cannot_do_is_rejected_with_the_reason(submit: dict[str, Any], w
 def test_an_impossible_rate_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="echo:20"):
         echo_rate(name)
+
+
+@pytest.mark.parametrize(
+    ("submit", "what"),
+    [
+        ({"kind": "score", "texts": ["hi"]}, "score with"),
+        ({"kind": "embed", "texts": ["hi"]}, "embed with"),
+        ({"kind": "tune", "tune": TuneSpec(adapter="a", data="{}")}, "tune"),
+    ],
+)
+def test_what_needs_weights_is_refused_in_words(submit: dict[str, Any], what: str) -> None:
+    engine = EchoEngine()
+    (ended,) = engine.start(generate(**submit))
+    assert isinstance(ended, Ended) and ended.state == "rejected"
+    assert ended.reason == f"echo has no weights to {what}; ask a node with a real model"
+    assert engine.due_s is None

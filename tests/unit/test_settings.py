@@ -60,8 +60,9 @@ def test_every_setting_can_be_set_by_each_source() -> None:
     values: dict[str, Any] = {
         "mesh": "lab", "code": "em1-x", "new": True, "name": "pi", "seeds": ["a:1", "b"], "broker": "mqtt://b",
         "broker_kind": "amqtt", "interfaces": ["eth0"], "port": 1, "plain": True, "plain_port": 2,
-        "compute": False, "model": "echo", "headless": True, "log_format": "json", "log_level": "debug",
-        "state_dir": "/s",
+        "compute": False, "model": "echo", "precision": "int8", "threads": 3, "adapter_memory": "1MB",
+        "feature_memory": "512MiB", "feature_disk": 4_000_000, "headless": True,
+        "log_format": "json", "log_level": "debug", "state_dir": "/s",
     }  # fmt: skip
     assert set(values) == {row.name for row in TABLE}
     for name, value in values.items():
@@ -71,6 +72,23 @@ def test_every_setting_can_be_set_by_each_source() -> None:
         by_environment = load({}, {f"EDGEMESH_{name.upper()}": as_text}).settings
         by_file = load({}, {}, f"{name} = {as_toml}").settings
         assert getattr(by_flag, name) == getattr(by_environment, name) == getattr(by_file, name), name
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("512MB", 512_000_000),
+        ("2 GiB", 2 * 2**30),
+        ("1.5g", 1_500_000_000),
+        ("64kib", 65_536),
+        ("1000", 1000),
+        ("0", 0),
+        ("7b", 7),
+        (12, 12),
+    ],
+)
+def test_sizes_are_written_as_people_write_them(text: Any, n_bytes: int) -> None:
+    assert load({"feature_memory": text}).settings.feature_memory == n_bytes
 
 
 def test_a_misspelt_name_is_refused_and_the_nearest_is_shown() -> None:
@@ -93,6 +111,15 @@ def test_a_misspelt_name_is_refused_and_the_nearest_is_shown() -> None:
         ("compute", "perhaps", "true or false"),
         ("log_format", "xml", "text, json"),
         ("broker_kind", "emqx", "auto, mosquitto, amqtt"),
+        ("precision", "fp8", "auto, fp32, bf16, fp16, int8, int4"),
+        ("threads", 0, "threads from 1"),
+        ("threads", "two", "threads from 1"),
+        ("feature_disk", "much", "512MB or 2GiB"),
+        ("feature_disk", -1, "512MB or 2GiB"),
+        ("feature_disk", True, "512MB or 2GiB"),
+        ("feature_disk", "1e30", "512MB or 2GiB"),
+        ("feature_disk", "9000TB", "512MB or 2GiB"),
+        ("adapter_memory", "", "512MB or 2GiB"),
         ("seeds", 7, "a list"),
         ("seeds", ["host:0"], "HOST or HOST:PORT"),
         ("seeds", ["mqtt://h:1"], "HOST or HOST:PORT"),

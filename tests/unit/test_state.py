@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import subprocess
@@ -217,3 +218,22 @@ def test_a_lock_left_by_a_dead_process_names_nobody(state: StateDir) -> None:
         lock = slot.path / "lock"
     lock.write_text("not a number")
     assert state.nodes_here(HOME) == []
+
+
+def test_data_are_kept_under_their_digest_and_for_this_user_alone(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "state")
+    content = b'{"text": "hi", "label": "x"}\n'
+    digest = state.keep_dataset(content)
+    path = state.datasets_dir / f"{digest}.jsonl"
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert path.read_bytes() == content and path.stat().st_mode & 0o777 == 0o600
+    before = path.stat().st_mtime_ns
+    assert state.keep_dataset(content) == digest and path.stat().st_mtime_ns == before
+    assert [one.name for one in state.datasets_dir.iterdir()] == [path.name]
+
+
+def test_data_that_cannot_be_kept_say_where_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "datasets").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"datasets.*--state-dir"):
+        StateDir(tmp_path / "state").keep_dataset(b"{}")
