@@ -25,12 +25,13 @@ from mesh.messages import (
     NodeState,
     PeerHello,
     Submit,
+    TaskProgress,
     TaskResult,
     TaskStatus,
     TaskTokens,
 )
 from mesh.packets import client_filters
-from mesh.topics import COORDINATOR, EVENT, INFO, METRICS, RESULT, STATE, STATUS, STREAM, Topic
+from mesh.topics import COORDINATOR, EVENT, INFO, METRICS, PROGRESS, RESULT, STATE, STATUS, STREAM, Topic
 from mesh.transport.bus import Heard
 from mesh.transport.identity import Identity, MeshKey, wrong_key
 from mesh.transport.mqtt import MqttBus
@@ -66,7 +67,7 @@ SILENCE_S = 20.0  # a coordinator beats every second
 RESULT_AFTER_STATUS_S = 3.0  # they are published together
 REJECTED_AGAIN_S = 0.5  # a rejection has no result; but an older one of this id may be what is retained
 
-Progress = TaskStatus | TaskTokens | TaskResult
+News = TaskStatus | TaskTokens | TaskProgress | TaskResult
 
 
 # ── finding the broker ──────────────────────────────────────────────────────────────────────────────
@@ -309,10 +310,10 @@ async def connected(
 # ── tasks ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def submit(client: MeshClient, request: Submit) -> AsyncIterator[Progress]:
-    """Submit and follow one task: statuses as they change, tokens, and at last the result.
+async def submit(client: MeshClient, request: Submit) -> AsyncIterator[News]:
+    """Submit and follow one task: statuses as they change, tokens or progress, and at last the result.
 
-    ``client`` hears STATUS, STREAM, RESULT of ``request.id`` and COORDINATOR. Ends after the result, or
+    ``client`` hears ``TASK_ROWS`` of ``request.id``. Ends after the result, or
     after a final status whose result does not come.
 
     Raises:
@@ -361,10 +362,10 @@ async def submit(client: MeshClient, request: Submit) -> AsyncIterator[Progress]
                 if last != (status.state, status.attempt, status.node):
                     last = (status.state, status.attempt, status.node)
                     yield status
-            case Heard(message=TaskTokens() as tokens):
+            case Heard(message=(TaskTokens() | TaskProgress()) as piece):
                 heard_at = time.monotonic()
                 acknowledged = True
-                yield tokens
+                yield piece
             case Heard(message=TaskResult() as result):
                 yield result
                 return
@@ -372,7 +373,7 @@ async def submit(client: MeshClient, request: Submit) -> AsyncIterator[Progress]
                 pass
 
 
-TASK_ROWS = (STATUS, STREAM, RESULT, COORDINATOR)
+TASK_ROWS = (STATUS, STREAM, PROGRESS, RESULT, COORDINATOR)
 """What ``submit`` needs to hear."""
 
 
@@ -414,7 +415,7 @@ async def cancel_task(
 
 # ── looking ─────────────────────────────────────────────────────────────────────────────────────────
 
-VIEW_ROWS = (STATE, INFO, METRICS, COORDINATOR, STATUS, STREAM, RESULT, EVENT)
+VIEW_ROWS = (STATE, INFO, METRICS, COORDINATOR, STATUS, STREAM, PROGRESS, RESULT, EVENT)
 
 
 async def snapshot(settings: Settings, state: StateDir, seconds: float = 2.5) -> View:

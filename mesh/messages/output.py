@@ -12,7 +12,7 @@ __all__ = ["AdapterCard", "Output"]
 # 9 bytes each in msgpack, about 20 in JSON: with the largest submission they still fit one frame, and alone
 # one JSON message (see ``mesh.wire``). Engines refuse sooner, as they know what a text will give.
 NUMBERS_MAX = 40_000
-LABELS_MAX = 1024
+LABELS_MAX = 4096
 """Classes of one classifier."""
 LABEL_BYTES_MAX = 64 * 1024
 """All labels of one output together."""

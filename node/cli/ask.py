@@ -19,7 +19,7 @@ from node.cli.options import REACH, Chosen, as_json, choose, end_with, settings_
 if TYPE_CHECKING:
     from mesh.messages import Submit, TaskResult, TaskStatus
 
-__all__ = ["COMMANDS", "state_code"]
+__all__ = ["COMMANDS", "REACH_TO_ASK", "as_json_line", "given_text", "harmless", "state_code"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +76,7 @@ def _request(options: dict[str, Any], *, stream: bool) -> Submit:
 
     try:
         return Submit(
-            prompt=_text(options["prompt"]),
+            prompt=given_text(options["prompt"]),
             id=TaskId(options["task_id"]) if options["task_id"] else new_task_id(SystemRandom()),
             max_tokens=options["max_tokens"],
             temperature=options["temperature"],
@@ -93,7 +93,7 @@ def _request(options: dict[str, Any], *, stream: bool) -> Submit:
         raise ConfigError(str(error)) from error
 
 
-def _text(prompt: str) -> str:
+def given_text(prompt: str) -> str:
     """The prompt, or what stdin holds; in a locale that is not UTF-8 still the bytes that were given.
 
     Raises:
@@ -231,11 +231,11 @@ async def _cancel(chosen: Chosen, task: str, *, is_json: bool) -> int:
 
 def _put(text: str) -> None:
     if text:
-        sys.stdout.write(_harmless(text) if sys.stdout.isatty() else text)  # a file gets every byte
+        sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)  # a file gets every byte
         sys.stdout.flush()
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Without what would steer a terminal: models say what they are told to, and reasons quote clients."""
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
@@ -244,9 +244,9 @@ def _tell(status: TaskStatus) -> None:
     """One line of talk per change that people care about."""
     if status.node is not None and status.state == "running":
         again = f" (attempt {status.attempt})" if status.attempt > 1 else ""
-        click.secho(_harmless(f"{status.node} answers{again}"), err=True, dim=True)
+        click.secho(harmless(f"{status.node} answers{again}"), err=True, dim=True)
     elif status.state == "queued" and status.reason:
-        click.secho(_harmless(f"queued: {status.reason}"), err=True, dim=True)
+        click.secho(harmless(f"queued: {status.reason}"), err=True, dim=True)
 
 
 def _end(final: TaskStatus | TaskResult, *, is_json: bool) -> int:
@@ -258,7 +258,7 @@ def _end(final: TaskStatus | TaskResult, *, is_json: bool) -> int:
     if final.state == "done" and isinstance(final, TaskResult):
         click.secho(_figures(final), err=True, dim=True)
     elif final.state != "done":
-        reason = _harmless(final.reason or "no reason was given")
+        reason = harmless(final.reason or "no reason was given")
         click.echo(f"edgemesh: {final.state}: {reason}", err=True)
     return state_code(final.state)
 
@@ -271,13 +271,20 @@ def _figures(result: TaskResult) -> str:
     parts = [f"{result.n_tokens} tokens", f"{rate:.1f} tok/s"]
     if result.ttft_s is not None:
         parts.append(f"first after {seconds_text(result.queue_s + result.ttft_s)}")
-    return _harmless(f"{' · '.join(parts)} · on {result.node or '?'}")
+    return harmless(f"{' · '.join(parts)} · on {result.node or '?'}")
 
 
 def _json(message: Any) -> str:
     from mesh.wire import plain_json, to_plain
 
     return plain_json(to_plain(message))
+
+
+def as_json_line(message: Any) -> str:
+    """A message among others of other kinds, so that ``type`` must tell which it is."""
+    from mesh.wire import plain_json, to_plain
+
+    return plain_json({"type": type(message).__name__, **to_plain(message)})
 
 
 COMMANDS = (run, submit, cancel)

@@ -54,9 +54,9 @@ PROMPT = json.dumps({"prompt": "What is a mesh?", "max_tokens": 60})
 
 def shell_lines(mesh: MeshName, connection: list[str]) -> ShellLines:
     """``mosquitto_sub`` and ``mosquitto_pub`` for the task topics, with these connection arguments."""
-    from mesh.topics import RESULT, STATUS, STREAM, SUBMIT
+    from mesh.topics import PROGRESS, RESULT, STATUS, STREAM, SUBMIT
 
-    topics = [part for row in (STATUS, STREAM, RESULT) for part in ("-t", row.filter(mesh))]
+    topics = [part for row in (STATUS, STREAM, PROGRESS, RESULT) for part in ("-t", row.filter(mesh))]
     return ShellLines(
         shlex.join(["mosquitto_sub", *connection, "-v", *topics]),
         shlex.join(["mosquitto_pub", *connection, "-q", "1", "-t", SUBMIT.topic(mesh), "-m", PROMPT]),

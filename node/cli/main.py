@@ -13,7 +13,7 @@ import click
 
 from mesh.errors import ConfigError, EdgemeshError, TaskError, UnreachableError, WrongKeyError
 from node import __version__
-from node.cli import ask, configure, invite, look, node_life, show
+from node.cli import adapters, ask, configure, invite, look, node_life, show, texts, tune
 
 __all__ = ["cli", "exit_code", "main"]
 
@@ -32,7 +32,8 @@ Exit codes:
 
 SECTIONS = (
     ("A node on this device", ("join", "drain", "leave")),
-    ("Ask the mesh", ("run", "submit", "tasks", "cancel")),
+    ("Ask the mesh", ("run", "submit", "classify", "score", "embed", "tasks", "cancel")),
+    ("Teach it", ("tune", "adapters")),
     ("Look at it", ("status", "nodes", "models")),
     ("Invite others", ("token", "mqtt")),
     ("This program", ("config", "completion", "demo", "version")),
@@ -90,13 +91,14 @@ def cli() -> None:
     On the first device:   edgemesh join        (prints a join code once)
     On every other one:    edgemesh join --code CODE
     From any of them:      edgemesh run "What is a mesh?"
+    Teach it something:    edgemesh tune --data FILE.jsonl --adapter NAME
 
     Settings come from ~/.config/edgemesh/config.toml, then EDGEMESH_* variables, then flags;
     `edgemesh config show` tells what holds. Data goes to stdout, talk to stderr.
     """
 
 
-for family in (node_life, ask, look, invite, configure, show):
+for family in (node_life, ask, texts, tune, adapters, look, invite, configure, show):
     for command in family.COMMANDS:
         cli.add_command(command)
 

@@ -31,6 +31,7 @@ from rich.text import Text
 
 from mesh.messages.task import TERMINAL_STATES
 from mesh.units import bytes_text, seconds_text
+from node.faces.tuning import bar, progress_words
 from node.faces.view import EventRow, NodeRow, TaskRow, View
 
 __all__ = ["event_lines", "header", "node_table", "render", "screen", "task_table"]
@@ -149,6 +150,8 @@ def header(view: View, width: int) -> list[Text]:
 GAP = 2
 WIDE_WIDTH_MIN = 24  # what is left for activity or answer before another column must go
 NAME_WIDTH_MIN = 16
+ADAPTERS_WIDTH = 20
+BAR_WIDTH = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,8 @@ class _Column(Generic[Row]):
     width_min: int = 0
     """Room for the usual values, so that columns stand still while numbers change."""
     is_number: bool = False
+    is_optional: bool = False
+    """Goes where no row has anything to show in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,11 @@ def _table(columns: Sequence[_Column[Row]], tail: _Tail[Row], rows: Sequence[Row
         )
         for column in columns
     }
-    shown = list(columns)
+    shown = [
+        column
+        for column in columns
+        if not column.is_optional or any(cell.plain != "–" for cell in cells[column.title])
+    ]
 
     def left() -> int:
         return width - sum(natural[column.title] + GAP for column in shown)
@@ -257,6 +266,17 @@ def _heard(row: NodeRow) -> str:
     return "now" if row.heard_s < 2 else f"{seconds_text(round(row.heard_s))} ago".replace(".0 s", " s")
 
 
+def _adapters(row: NodeRow) -> str:
+    """The first names that fit a column, and how many more."""
+    shown: list[str] = []
+    for name in row.adapters:
+        if shown and len(", ".join([*shown, name])) > ADAPTERS_WIDTH:
+            break
+        shown.append(name if len(name) <= ADAPTERS_WIDTH else f"{name[: ADAPTERS_WIDTH - 1]}…")
+    more = len(row.adapters) - len(shown)
+    return (", ".join(shown) or "–") + (f" +{more}" if more else "")
+
+
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else format(value, form) + unit
 
@@ -270,12 +290,14 @@ _NODE_COLUMNS: tuple[_Column[NodeRow], ...] = (
     _Column("state", _node_state, width_min=8),
     _Column("device", lambda row: row.device or "–", rank=5),
     _Column("model", lambda row: row.model or "–", rank=6),
+    _Column("precision", lambda row: row.precision or "–", rank=8, is_optional=True),
+    _Column("adapters", _adapters, rank=7, is_optional=True),
     _Column("cpu", lambda row: _number(row.cpu_percent, ".0f", " %"), rank=3, width_min=5, is_number=True),
-    _Column("free memory", _memory, rank=7, is_number=True),
-    _Column("temp", lambda row: _number(row.temperature_c, ".0f", " °C"), rank=8, is_number=True),
+    _Column("free memory", _memory, rank=9, is_number=True),
+    _Column("temp", lambda row: _number(row.temperature_c, ".0f", " °C"), rank=10, is_number=True),
     _Column("runs", _runs, rank=2, is_number=True),
     _Column("tok/s", lambda row: _number(row.tokens_per_s, ".1f"), rank=1, is_number=True),
-    _Column("heard", _heard, rank=9, width_min=8, is_number=True),
+    _Column("heard", _heard, rank=11, width_min=8, is_number=True),
 )
 
 
@@ -305,7 +327,12 @@ def _deadline(row: TaskRow) -> Text:
 
 
 def _answer(row: TaskRow, width: int) -> Text:
-    """The end of a growing answer, the beginning of a finished one, or why there is none."""
+    """How far it is, the end of a growing answer, the beginning of a finished one, or why there is none."""
+    if row.progress is not None and row.state not in TERMINAL_STATES:
+        words = f"{row.progress.fraction:4.0%} {progress_words(row.progress)}"
+        if width >= BAR_WIDTH + WIDE_WIDTH_MIN:
+            words = f"{bar(row.progress.fraction, BAR_WIDTH)} {words}"
+        return Text(words)
     text = " ".join(row.text_tail.split())
     if row.reason and not text:
         return Text(row.reason, style="dim")

@@ -47,6 +47,9 @@ class NodeRow:
     system: str | None
     device: str | None
     model: str | None
+    precision: str | None
+    precision_reason: str | None
+    adapters: tuple[str, ...]
     slots: int | None
     n_cpus: int | None
     cpu_percent: float | None
@@ -77,6 +80,8 @@ class TaskRow:
     durable_on: int
     text_tail: str
     n_tokens: int
+    progress: m.TaskProgress | None
+    """How far a tuning task is, or was at its end."""
     age_s: float
     """Since this view first heard of it."""
 
@@ -127,6 +132,12 @@ class _Task:
     seq: int = -1
     tail: str = ""
     n_tokens: int = 0
+    progress: m.TaskProgress | None = None
+
+    def see_attempt(self, attempt: int) -> None:
+        """A newer attempt starts the text over."""
+        if attempt > self.attempt:
+            self.attempt, self.seq, self.tail, self.n_tokens = attempt, -1, "", 0
 
 
 @dataclass(slots=True)
@@ -182,6 +193,8 @@ class ViewBuilder:
                 self._on_status(message, now)
             case m.TaskTokens():
                 self._on_tokens(message, now)
+            case m.TaskProgress():
+                self._on_progress(message, now)
             case m.TaskResult():
                 self._on_result(message, now)
             case m.TaskForgotten():
@@ -250,6 +263,9 @@ class ViewBuilder:
             system=info.system if info else None,
             device=info.device if info else None,
             model=info.model if info else None,
+            precision=info.precision if info else None,
+            precision_reason=info.precision_reason if info else None,
+            adapters=tuple(info.adapters) if info else (),
             slots=info.slots if info else None,
             n_cpus=info.n_cpus if info else None,
             cpu_percent=report.cpu_percent if report else None,
@@ -328,21 +344,29 @@ class ViewBuilder:
         task.status, task.state, task.reason = message, message.state, message.reason
         task.node = message.node
         task.deadline_at = now + message.budget_s if message.budget_s is not None else None
-        if message.attempt > task.attempt:
-            task.attempt, task.seq, task.tail, task.n_tokens = message.attempt, -1, "", 0
+        task.see_attempt(message.attempt)
 
     def _on_tokens(self, message: m.TaskTokens, now: float) -> None:
         task = self._task(message.task, now)
         if task.state in TERMINAL_STATES or message.attempt < task.attempt:
             return
-        if message.attempt > task.attempt:
-            task.attempt, task.seq, task.tail, task.n_tokens = message.attempt, -1, "", 0
+        task.see_attempt(message.attempt)
         if message.seq <= task.seq:
             return
         task.seq = message.seq
         task.state = "running"
         task.n_tokens += message.n_tokens
         task.tail = (task.tail + message.text)[-TEXT_TAIL_CHARACTERS:]
+
+    def _on_progress(self, message: m.TaskProgress, now: float) -> None:
+        task = self._task(message.task, now)
+        if task.state in TERMINAL_STATES or message.attempt < task.attempt:
+            return
+        task.see_attempt(message.attempt)
+        if message.seq > task.seq:
+            task.seq = message.seq
+            task.state = "running"
+            task.progress = message
 
     def _on_result(self, message: m.TaskResult, now: float) -> None:
         task = self._task(message.task, now)
@@ -369,7 +393,7 @@ def _task_row(task: TaskId, known: _Task, now: float) -> TaskRow:
     is_final = known.state in TERMINAL_STATES
     return TaskRow(
         task=task,
-        kind=known.status.kind if known.status else "generate",
+        kind=known.status.kind if known.status else "tune" if known.progress else "generate",
         state=known.state,
         reason=known.reason,
         value=known.status.value if known.status else 1.0,
@@ -379,5 +403,6 @@ def _task_row(task: TaskId, known: _Task, now: float) -> TaskRow:
         durable_on=known.status.durable_on if known.status else 0,
         text_tail=known.tail,
         n_tokens=known.n_tokens,
+        progress=known.progress,
         age_s=now - known.first_at,
     )

@@ -23,7 +23,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "paho": ("mesh/transport/mqtt.py",),
     "platformdirs": ("node/state.py",),
     "psutil": ("node/profile.py",),
-    "rich": ("node/faces/tui.py", "node/faces/console.py"),
+    "rich": ("node/faces/tui.py", "node/faces/console.py", "node/faces/progress.py"),
     "sqlite3": ("mesh/journal.py",),
     "zeroconf": ("mesh/transport/discovery.py",),
 }
@@ -41,7 +41,18 @@ COMPUTE = {"torch", "transformers", "peft", "safetensors", "gguf"}
 COMPUTE_FILES = ("node/compute/",)
 WITHOUT_TORCH = tuple(
     f"node/compute/{name}.py"
-    for name in ("__init__", "echo", "engine", "messages", "models", "threads", "tune/records")
+    for name in (
+        "__init__",
+        "echo",
+        "engine",
+        "messages",
+        "models",
+        "outbox",
+        "threads",
+        "tune/records",
+        "adapters/card",
+        "adapters/tensors",
+    )
 )
 """Files of the compute process that the node and the commands import, too: they start without torch."""
 

@@ -72,7 +72,15 @@ print(json.dumps([code, sorted(name for name in sys.modules if "." not in name)]
 
 @pytest.mark.parametrize(
     "arguments",
-    [["version"], ["--help"], ["token"], ["config", "show"], ["completion", "bash"], ["run", "--help"]],
+    [
+        ["version"],
+        ["--help"],
+        ["token"],
+        ["config", "show"],
+        ["completion", "bash"],
+        ["run", "--help"],
+        ["tune", "--help"],
+    ],
 )
 def test_light_commands_import_nothing_heavy(state: StateDir, arguments: list[str]) -> None:
     state.save_key(KEY)
@@ -84,7 +92,17 @@ def test_light_commands_import_nothing_heavy(state: StateDir, arguments: list[st
     assert not set(HEAVY) & set(modules)
 
 
-@pytest.mark.parametrize("arguments", [["nodes"], ["models"], ["run", "hi", "--deadline", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nodes"],
+        ["models"],
+        ["run", "hi", "--deadline", "-1"],
+        ["adapters", "list"],
+        ["tune", "--data", "README.md", "--adapter", "x"],
+        ["classify", "hi", "--adapter", "x"],
+    ],
+)
 def test_commands_that_do_not_compute_never_import_the_model_libraries(
     state: StateDir, arguments: list[str]
 ) -> None:

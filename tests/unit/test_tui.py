@@ -143,3 +143,36 @@ def test_help_lists_the_keys() -> None:
     text = "\n".join(drawn(picture(), 80, 24, with_help=True))
     assert "q  leave the mesh" in text
     assert "h  this help" in text
+
+
+def tuned(**changes: object) -> View:
+    """One node with adapters and a tuning task on it."""
+    view = picture()
+    row = replace(
+        view.nodes[0], precision="int8", adapters=("spam", "poet", "a-very-long-adapter-name", "x", "y")
+    )
+    progress = m.TaskProgress(
+        task=TaskId("t-tune"), attempt=1, seq=3, phase="training", fraction=0.55, epoch=2, epochs=5,
+        loss=0.41, eta_s=12.0,
+    )  # fmt: skip
+    running = next(task for task in view.tasks if task.state == "running")
+    tuning = replace(running, task=TaskId("t-tune"), kind="tune", text_tail="", progress=progress)
+    task = replace(tuning, **changes)  # type: ignore[arg-type]
+    return replace(view, nodes=(row, *view.nodes[1:]), tasks=(task,))
+
+
+def test_a_tuning_task_shows_a_bar_its_epoch_and_its_loss() -> None:
+    wide = "\n".join(drawn(tuned(), 140, 40))
+    assert "██████░░░░░░  55% training · epoch 3 of 5" in wide
+    assert "· loss 0.41 · 12.0 s left" in "\n".join(drawn(tuned(), 170, 40))
+    narrow = drawn(tuned(), 80, 24)
+    assert any("55% training" in line for line in narrow) and all(cell_len(line) <= 80 for line in narrow)
+    over = "\n".join(drawn(tuned(state="done", text_tail="adapter 'spam' is here"), 140, 40))
+    assert "adapter 'spam' is here" in over and "█" not in over
+
+
+def test_adapters_and_precision_of_each_node_are_shown_where_there_are_any() -> None:
+    text = "\n".join(drawn(tuned(), 170, 40))
+    assert "int8" in text and "spam, poet +3" in text
+    for word in ("precision", "adapters"):
+        assert word in text and word not in "\n".join(drawn(picture(), 170, 40))

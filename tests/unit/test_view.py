@@ -199,3 +199,44 @@ def test_commands_between_nodes_are_none_of_the_views_business() -> None:
     made.apply(m.Recall(epoch=Epoch(1, PI)), PI, 0.0)
     made.apply(object(), PI, 0.0)
     assert made.view(0.0) == before
+
+
+def progress(seq: int, fraction: float, attempt: int = 1) -> m.TaskProgress:
+    return m.TaskProgress(task=T1, attempt=attempt, seq=seq, phase="training", fraction=fraction)
+
+
+def test_a_tuning_task_shows_its_newest_progress_and_keeps_it_at_its_end() -> None:
+    made = builder()
+    made.apply(status("queued", kind="tune"), PI, 0.0)
+    for piece in (progress(0, 0.1), progress(2, 0.3), progress(1, 0.2), progress(2, 0.4)):
+        made.apply(piece, "", 0.0)
+    shown = task_of(made.view(0.1))
+    assert (shown.kind, shown.state, shown.progress) == ("tune", "running", progress(2, 0.3))
+    made.apply(progress(0, 0.25, attempt=2), "", 0.2)
+    made.apply(progress(9, 0.9, attempt=1), "", 0.3)
+    shown = task_of(made.view(0.4))
+    assert (shown.attempt, shown.progress) == (2, progress(0, 0.25, attempt=2))
+    made.apply(result(), PI, 0.5)
+    made.apply(progress(1, 0.5, attempt=2), "", 0.6)
+    assert task_of(made.view(0.7)).progress == progress(0, 0.25, attempt=2)
+
+
+def test_progress_of_a_task_not_heard_of_before_makes_it_known() -> None:
+    made = builder()
+    made.apply(progress(7, 0.5), "", 0.0)
+    assert (task_of(made.view(0.1)).kind, task_of(made.view(0.1)).state) == ("tune", "running")
+
+
+def test_precision_and_adapters_of_a_node_are_in_its_row() -> None:
+    made = builder()
+    made.apply(state(), PI, 0.0)
+    assert (node_of(made.view(0.0)).precision, node_of(made.view(0.0)).adapters) == (None, ())
+    info = m.NodeInfo(
+        node=PI, incarnation=1, hostname="pi", version="0", protocol_min=1, protocol_max=1, addresses=[],
+        port=1, system="Linux", device="cpu", n_cpus=4, memory_bytes=1 << 30, model="tiny",
+        adapters=["poet", "spam"], slots=1, precision="int8", precision_reason="fastest of those that fit",
+    )  # fmt: skip
+    made.apply(info, PI, 0.1)
+    row = node_of(made.view(0.2))
+    assert (row.precision, row.precision_reason) == ("int8", "fastest of those that fit")
+    assert row.adapters == ("poet", "spam")
