@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from node.compute.backbone.contract import KeyValues, Pass, Segment
-from node.compute.backbone.deltas import Adapter, AdapterRows, Slot
+from node.compute.backbone.deltas import Adapter, AdapterRows, Norm, Slot
 from node.compute.backbone.linear import Linear
 from node.compute.backbone.weights import Weights
 
@@ -138,7 +138,9 @@ class LlamaBackbone:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def logits(self, rows: Tensor, adapters: Sequence[Adapter | None] = ()) -> Tensor:
-        deltas = AdapterRows.of([(adapter, 1) for adapter in adapters])
+        at_head = (self.n_layers, "head")
+        own = [a if a is not None and at_head in a.deltas else None for a in adapters]
+        deltas = AdapterRows.of([(adapter, 1) for adapter in own])
         head = self._head
         logits = head(rows) if deltas is None else deltas.linear(self.n_layers, "head", head, rows)
         return logits.float()
@@ -153,9 +155,14 @@ class LlamaBackbone:
         def linear(slot: Slot, base: Linear, y: Tensor) -> Tensor:
             return base(y) if deltas is None else deltas.linear(index, slot, base, y)
 
-        normed = F.rms_norm(x, layer.attention_norm.shape, layer.attention_norm, eps)
+        def norm(which: Norm, weight: Tensor, y: Tensor) -> Tensor:
+            if deltas is None:
+                return F.rms_norm(y, weight.shape, weight, eps)
+            return deltas.norm(index, which, weight, y, eps)
+
+        normed = norm("attention", layer.attention_norm, x)
         x = x + linear("out", layer.out, self._attention(index, linear("qkv", layer.qkv, normed), rows))
-        normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, eps)
+        normed = norm("mlp", layer.mlp_norm, x)
         gate, up = linear("gate_up", layer.gate_up, normed).split(self._d_mlp, dim=-1)
         rows.x = x + linear("down", layer.down, F.silu(gate).mul_(up))
 
@@ -195,7 +202,10 @@ class LlamaBackbone:
     def _final(self, rows: _Rows) -> Tensor:
         """The wanted rows after the final norm."""
         x = rows.x[rows.wanted()] if rows.wants_some else rows.x
-        return F.rms_norm(x, self._final_norm.shape, self._final_norm, self._eps)
+        weight, deltas = self._final_norm, rows.wanted_deltas
+        if deltas is None:
+            return F.rms_norm(x, weight.shape, weight, self._eps)
+        return deltas.norm(self.n_layers, "final", weight, x, self._eps)
 
 
 class _Rows:
@@ -210,6 +220,9 @@ class _Rows:
             states, n = segment.states, len(segment.ids)
             assert n and states.length + n <= states.capacity, "the engine asks for room before it starts"
             assert (segment.hidden is None) == (segment.enters == 0), "who enters late brings its rows"
+            assert segment.adapter is None or segment.enters <= segment.adapter.first_layer, (
+                "above its first layer an adapter's rows are nobody else's"
+            )
         self._backbone = backbone
         self._segments = segments
         self._order = sorted(range(len(segments)), key=lambda at: segments[at].enters)  # stable
@@ -255,6 +268,13 @@ class _Rows:
         assert self._n_in == len(self._order), "a segment enters above the last layer"
         for states, n in self.parts:
             states.length += n
+
+    @property
+    def wanted_deltas(self) -> AdapterRows | None:
+        """Whose the wanted rows are; ``None`` if no adapter has a final norm of its own."""
+        if not any(s.adapter and (s.adapter.n_layers, "final") in s.adapter.norms for s in self._segments):
+            return None
+        return AdapterRows.of([(segment.adapter, segment.n_wanted) for segment in self._segments])
 
     @property
     def wants_some(self) -> bool:
