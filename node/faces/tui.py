@@ -31,7 +31,7 @@ from rich.text import Text
 
 from mesh.messages.task import TERMINAL_STATES
 from mesh.units import bytes_text, seconds_text
-from node.faces.tuning import bar, progress_words
+from node.faces.tuning import bar, short_words
 from node.faces.view import EventRow, NodeRow, TaskRow, View
 
 __all__ = ["event_lines", "header", "node_table", "render", "screen", "task_table"]
@@ -151,7 +151,7 @@ GAP = 2
 WIDE_WIDTH_MIN = 24  # what is left for activity or answer before another column must go
 NAME_WIDTH_MIN = 16
 ADAPTERS_WIDTH = 20
-BAR_WIDTH = 12
+BAR_WIDTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +329,7 @@ def _deadline(row: TaskRow) -> Text:
 def _answer(row: TaskRow, width: int) -> Text:
     """How far it is, the end of a growing answer, the beginning of a finished one, or why there is none."""
     if row.progress is not None and row.state not in TERMINAL_STATES:
-        words = f"{row.progress.fraction:4.0%} {progress_words(row.progress)}"
+        words = f"{row.progress.fraction:4.0%} {short_words(row.progress)}"
         if width >= BAR_WIDTH + WIDE_WIDTH_MIN:
             words = f"{bar(row.progress.fraction, BAR_WIDTH)} {words}"
         return Text(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mesh.messages import AdapterCard, TaskProgress
 from mesh.units import bytes_text, seconds_text
 
-__all__ = ["bar", "card_words", "progress_words", "use_words"]
+__all__ = ["bar", "card_words", "progress_words", "short_words", "use_words"]
 
 _FULL, _EMPTY = "█", "░"
 
@@ -38,6 +38,18 @@ def progress_words(progress: TaskProgress) -> str:
     blocks = progress.cache_hits + progress.cache_misses
     if blocks:
         words.append(f"{progress.cache_hits / blocks:.0%} cached")
+    return " · ".join(words)
+
+
+def short_words(progress: TaskProgress) -> str:
+    """For a table's cell, such as ``epoch 3/5 · loss 0.412 · 12.0 s left``; the end may be cut."""
+    is_training = progress.phase == "training" and progress.epochs > 0
+    epoch = f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}"
+    words = [epoch if is_training else _PHASES[progress.phase]]
+    if progress.loss is not None:
+        words.append(f"loss {progress.loss:.3g}")
+    if progress.eta_s is not None:
+        words.append(f"{seconds_text(progress.eta_s)} left")
     return " · ".join(words)
 
 

@@ -10,7 +10,7 @@ import pytest
 from mesh.ids import TaskId
 from mesh.messages import AdapterCard, TaskProgress
 from node.faces.progress import LINE_EVERY_S, TuneProgress
-from node.faces.tuning import bar, card_words, progress_words, use_words
+from node.faces.tuning import bar, card_words, progress_words, short_words, use_words
 
 
 def progress(**changes: Any) -> TaskProgress:
@@ -36,6 +36,8 @@ def test_a_person_reads_phase_epoch_loss_time_left_and_what_the_cache_saved() ->
     assert progress_words(progress()) == "training · epoch 3 of 5 · loss 0.412 · 12.0 s left · 96% cached"
     reading = progress(phase="reading", loss=None, eta_s=None, cache_hits=0, cache_misses=0)
     assert progress_words(reading) == "reading the data"
+    assert short_words(progress()) == "epoch 3/5 · loss 0.412 · 12.0 s left"
+    assert short_words(reading) == "reading the data"
     assert "epoch 5 of 5" in progress_words(progress(epoch=5)), "the last epoch is not followed by a sixth"
     assert "evaluation 0.875" in progress_words(progress(metric=0.875))
 
