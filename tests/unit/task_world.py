@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from coordinator.facts import AttemptFinished, AttemptText, EngineReady, StartAttempt, StopAttempt
+from coordinator.facts import (
+    AttemptFinished,
+    AttemptProgress,
+    AttemptText,
+    EngineReady,
+    StartAttempt,
+    StopAttempt,
+)
 from coordinator.holder import Holder
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore, StoreConfig
@@ -27,6 +34,7 @@ from mesh.messages import (
     NodeReport,
     Outcome,
     Submit,
+    TaskProgress,
     TaskReply,
     TaskResult,
     TaskStatus,
@@ -289,7 +297,14 @@ class World:
         incarnation = host.incarnation
 
         def speak() -> None:
-            if host.incarnation == incarnation and (assign.task, assign.attempt) in host.running:
+            if host.incarnation != incarnation or (assign.task, assign.attempt) not in host.running:
+                return
+            if assign.submit.kind == "tune":
+                at = TaskProgress(
+                    task=assign.task, attempt=assign.attempt, seq=0, phase="training", fraction=0.5
+                )
+                self.learn(host.node, AttemptProgress(at))
+            else:
                 self.learn(host.node, AttemptText(assign.task, assign.attempt, "answer ", 1))
 
         def finish() -> None:

@@ -14,15 +14,22 @@ from mesh.core import Broadcast
 from mesh.facts import Deposed, LinkUp, MemberChanged
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
+    AdapterCard,
+    Assign,
     CancelTask,
     Drain,
+    Outcome,
+    Output,
+    Submit,
     TaskEvent,
     TaskForgotten,
+    TaskProgress,
     TaskRecord,
     TaskReply,
     TaskResult,
     TaskStatus,
     TaskTokens,
+    TuneSpec,
     Unacceptable,
 )
 from tests.unit.task_world import World, answer_of, ask
@@ -126,6 +133,59 @@ def test_tokens_are_counted_from_zero_within_an_attempt() -> None:
     world.run(2)
     assert [(t.attempt, t.seq) for t in world.heard(TaskTokens, "t1")] == [(1, 0)]
     assert world.heard(TaskTokens, "t2") == []
+
+
+CARD = AdapterCard(
+    name="spam", digest="d", method="lora", top_layers=1, first_layer=3, bytes=9, task="classify"
+)
+
+
+def tune(*holders: str, **fields: object) -> Submit:
+    spec = TuneSpec(adapter="spam", data_sha256="0" * 64, holders=[NodeId(name) for name in holders])
+    return Submit(kind="tune", tune=spec, id=TaskId("t1"), **fields)  # type: ignore[arg-type]
+
+
+def trained(assign: Assign) -> Outcome:
+    return answer_of(assign, text="", output=Output(adapter=CARD))
+
+
+def test_a_tuning_task_runs_where_its_data_are_says_how_far_it_is_and_gives_its_adapter() -> None:
+    world = mesh(answer=trained)
+    world.say(tune("n2"))
+    world.run(2)
+    assert [(node, assign.task) for _, node, assign in world.started] == [("n2", "t1")]
+    assert [(p.attempt, p.seq, p.fraction) for p in world.heard(TaskProgress, "t1")] == [(1, 0, 0.5)]
+    (result,) = world.results("t1")
+    assert result.output == Output(adapter=CARD)
+
+
+def test_a_tuning_task_waits_for_the_node_with_its_data_and_goes_on_there() -> None:
+    world = mesh(answer=trained, service_s=4)
+    world.say(tune("n2"))
+    world.run(1)
+    world.kill("n2")
+    world.bury("n2")
+    world.run(10)
+    assert world.results("t1") == [] and {node for _, node, _ in world.started} == {"n2"}
+    world.start("n2")
+    world.run(20)
+    (result,) = world.results("t1")
+    assert (result.node, result.attempt, result.output) == ("n2", 2, Output(adapter=CARD))
+
+
+def test_what_was_trained_is_known_to_the_next_coordinator() -> None:
+    world = mesh(answer=trained)
+    world.say(tune())
+    world.run(2)
+    world.kill("n0")
+    world.bury("n0")
+    world.elect("n1")
+    world.run(3)
+    before = len(world.results("t1"))
+    world.say(tune())
+    world.run(1)
+    assert [result.output for result in world.results("t1")[before:]] == [Output(adapter=CARD)]
+    assert len(world.started) == 1, "it is not trained again"
 
 
 def test_a_client_with_its_own_topic_hears_acknowledgement_and_result_there() -> None:
