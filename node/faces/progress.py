@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from mesh.messages import TaskProgress
-from node.faces.tuning import progress_words
+from node.faces.tuning import is_passing, progress_words
 
 __all__ = ["TuneProgress"]
 
@@ -80,9 +80,10 @@ class TuneProgress:
 
     def _say_if_new(self, progress: TaskProgress, words: str) -> None:
         """What stays: reasons anywhere; off a terminal also phases, epochs and a sign of life."""
-        before, self._said = self._said, (progress.phase, progress.epoch, progress.text)
-        if progress.text and (before is None or before[2] != progress.text):
-            self._line(_harmless(progress.text))
+        text = "" if is_passing(progress) else progress.text
+        before, self._said = self._said, (progress.phase, progress.epoch, text)
+        if text and (before is None or before[2] != text):
+            self._line(_harmless(text))
         if self._bar is not None:
             return
         is_news = before is None or before[:2] != self._said[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mesh.messages import AdapterCard, TaskProgress
 from mesh.units import bytes_text, seconds_text
 
-__all__ = ["bar", "card_words", "progress_words", "short_words", "use_words"]
+__all__ = ["bar", "card_words", "is_passing", "progress_words", "short_words", "use_words"]
 
 _FULL, _EMPTY = "█", "░"
 
@@ -26,7 +26,7 @@ def bar(fraction: float, width: int) -> str:
 
 def progress_words(progress: TaskProgress) -> str:
     """Such as ``training · epoch 3 of 5 · loss 0.412 · 12.0 s left · 96 % cached``."""
-    words = [_PHASES[progress.phase]]
+    words = [progress.text if is_passing(progress) else _PHASES[progress.phase]]
     if progress.epochs and progress.phase == "training":
         words.append(f"epoch {min(progress.epoch + 1, progress.epochs)} of {progress.epochs}")
     if progress.loss is not None:
@@ -41,11 +41,16 @@ def progress_words(progress: TaskProgress) -> str:
     return " · ".join(words)
 
 
+def is_passing(progress: TaskProgress) -> bool:
+    """Whether its text is about this moment, such as a count, and not something to remember."""
+    return bool(progress.text) and progress.phase in ("reading", "choosing")
+
+
 def short_words(progress: TaskProgress) -> str:
     """For a table's cell, such as ``epoch 3/5 · loss 0.412 · 12.0 s left``; the end may be cut."""
     is_training = progress.phase == "training" and progress.epochs > 0
     epoch = f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}"
-    words = [epoch if is_training else _PHASES[progress.phase]]
+    words = [epoch if is_training else progress.text if is_passing(progress) else _PHASES[progress.phase]]
     if progress.loss is not None:
         words.append(f"loss {progress.loss:.3g}")
     if progress.eta_s is not None:

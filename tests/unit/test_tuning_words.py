@@ -86,6 +86,18 @@ def test_off_a_terminal_a_line_is_said_for_a_phase_an_epoch_a_reason_and_a_sign_
     assert all(line.isprintable() for line in lines)
 
 
+def test_counts_while_reading_and_choosing_pass_by_and_do_not_fill_the_screen() -> None:
+    for out in (io.StringIO(), Terminal()):
+        with TuneProgress("spam", out, lambda: 0.0) as shown:
+            for seq in range(20):
+                shown.show(progress(seq=seq, phase="reading", epoch=0, text=f"{seq} of 20 records read"))
+        assert out.getvalue().count("of 20 records read") <= 3, out.getvalue()
+    choosing = progress(
+        phase="choosing", epoch=0, loss=None, eta_s=None, cache_hits=0, cache_misses=0, text="4: .9"
+    )
+    assert progress_words(choosing) == short_words(choosing) == "4: .9"
+
+
 def test_late_and_repeated_progress_changes_nothing_and_a_new_attempt_counts() -> None:
     out = io.StringIO()
     shown = TuneProgress("spam", out, lambda: 0.0)
