@@ -87,7 +87,7 @@ class TopPass:
     """The pass through ``model``, a ``load_top`` with or without PEFT's wrapping, from layer ``cut`` on."""
 
     def __init__(self, model: nn.Module, cut: int) -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = base.config
         self._base = base
         self._body = base.model
@@ -105,7 +105,7 @@ class TopPass:
         normed: Tensor = self._body.norm(x)
         return normed
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def between(self, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
         """Shapes: x (rows, d) entering layer ``start`` -> (rows, d) entering layer ``stop``."""
         rotary = self._rotary(x, layout)
@@ -237,7 +237,7 @@ def _spread(x: Tensor, side: _Side) -> Tensor:
     """Rows to their places, zeros elsewhere. Shapes: (rows, …) -> (padded, …)."""
     if side.places is None:
         return x
-    spread: Tensor = _Spread.apply(x, side.places, side.n_padded)  # type: ignore[no-untyped-call]
+    spread: Tensor = _Spread.apply(x, side.places, side.n_padded)
     return spread
 
 
@@ -245,11 +245,11 @@ def _collected(x: Tensor, side: _Side) -> Tensor:
     """Rows from their places. Shapes: (padded, …) -> (rows, …)."""
     if side.places is None:
         return x
-    collected: Tensor = _Collected.apply(x, side.places)  # type: ignore[no-untyped-call]
+    collected: Tensor = _Collected.apply(x, side.places)
     return collected
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(torch.autograd.Function):  # type: ignore[misc]
     """Places are distinct, so each direction is a copy and no addition: the same bits every time."""
 
     @staticmethod
@@ -263,7 +263,7 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, places), None, None
 
 
-class _Collected(torch.autograd.Function):
+class _Collected(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 __all__ = ["Absent", "FrozenNorm", "frozen_linear"]
 
 
-class Absent(nn.Module):
+class Absent(nn.Module):  # type: ignore[misc]
     """Stands where a layer would be that this process does not hold, so that names keep their numbers."""
 
     def forward(self, *_: object, **__: object) -> Tensor:
@@ -34,7 +34,7 @@ def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-class FrozenNorm(nn.Module):
+class FrozenNorm(nn.Module):  # type: ignore[misc]
     """Root-mean-square norm with one backward formula in place of six recorded operations.
 
     Its weight may be trained all the same: that is what LayerNorm tuning copies it for.
@@ -46,11 +46,11 @@ class FrozenNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = _Normed.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+        normed: Tensor = _Normed.apply(x, self.weight, self.variance_epsilon)
         return normed
 
 
-class _Normed(torch.autograd.Function):
+class _Normed(torch.autograd.Function):  # type: ignore[misc]
     """y = w * x / rms(x). Shapes: x, y (rows, d); w (d,)."""
 
     @staticmethod

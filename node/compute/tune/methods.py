@@ -128,13 +128,13 @@ METHODS: dict[str, Method] = {
 }
 
 _REFUSED = {
-    "adalora": "it moves rank between layers by a schedule over the whole run, so a resumed or interleaved run "
-    "would not be the same adapter; choose lora or rslora",
-    "adaption_prompt": "it replaces whole attention modules, which the pass over packed rows does not call; "
-    "choose lora or ia3",
-    "prompt_tuning": "it puts tokens before the text, which changes every layer's states; choose lora or alora",
+    "adalora": "it moves rank between layers by a schedule over the whole run, which the steps of a "
+    "resumed job would not repeat; choose lora or rslora",
+    "adaption_prompt": "it replaces whole attention modules, which the pass over packed rows does not "
+    "call; choose lora or ia3",
+    "prompt_tuning": "it puts tokens before the text, so every layer changes; choose lora or alora",
     "prefix_tuning": "it puts key/value states before the text in every layer; choose lora or alora",
-    "p_tuning": "it puts tokens before the text, which changes every layer's states; choose lora or alora",
+    "p_tuning": "it puts tokens before the text, so every layer changes; choose lora or alora",
     "trainable_tokens": "it changes the embeddings, below every cut; choose lora",
 }
 _ALSO_CALLED = {
@@ -169,8 +169,8 @@ def check_method(name: str, targets: Sequence[str], task: str) -> Method:
         )
     if known == "alora" and task != "chat":
         raise ConfigError(
-            "alora starts at the tokens that invoke it, which only a chat has (its template's assistant mark); "
-            f"for {task} choose lora"
+            "alora starts at the tokens that invoke it, which only a chat has (its template's mark of an "
+            f"answer); for {task} choose lora"
         )
     if "lm_head" in targets and task == "classify":
         raise ConfigError("a classifier has no lm_head: it trains a head of its own; leave lm_head out")
@@ -210,7 +210,7 @@ def adapt(
     else:
         where = {"target_modules": list(chosen), "layers_to_transform": list(layers)}
     where["task_type"] = "SEQ_CLS" if task == "classify" else "CAUSAL_LM"
-    width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    width = int(model.config.hidden_size)
     wish = _Wish(where, chosen, rank, alpha, seed, invocation, width, pattern)
     # PEFT starts weights from torch's global source; it is put back, whoever else uses it.
     with torch.random.fork_rng(devices=[]):

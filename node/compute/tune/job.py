@@ -1,0 +1,546 @@
+"""One tuning task from records to an adapter on the shelf, in chunks of a few tenths of a second.
+
+reading ─▶ choosing (only where the number of layers is ``auto``) ─▶ features ─▶ training ─▶ saving
+
+``step()`` does one chunk, so the engine can give tokens to others between two. What the job has done is kept
+in a checkpoint named by everything that determines the result; the same task on the same data goes on from
+there, whoever killed it, and ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mesh.errors import ConfigError
+from mesh.ids import TaskId
+from mesh.messages import AdapterCard, TaskProgress, TuneSpec
+from node.compute.adapters.card import Card, digest_of, read_card, write_card
+from node.compute.tune import auto
+from node.compute.tune.batches import Example, TuneTokens, encoded, rows_per_piece
+from node.compute.tune.checkpoint import Checkpoints
+from node.compute.tune.identity import spec_digest
+from node.compute.tune.methods import adapt, check_method
+from node.compute.tune.records import Records, read_file, read_records, same_labels
+from node.compute.tune.sync import replace_directory
+from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes
+from node.compute.tune.trainer import Recipe, Trainer
+from node.profile import memory_free_bytes
+
+__all__ = ["Maps", "MapsFactory", "Phase", "Snapshot", "TuneEvent", "TuneJob"]
+
+_log = logging.getLogger(__name__)
+
+Phase = Literal["reading", "features", "choosing", "training", "saving"]
+
+_CHUNK_S = 0.25
+_CHECKPOINT_S = 10.0
+# Tokenizing a text takes a tenth of a millisecond to a few milliseconds.
+_TEXTS_PER_LOOK = 16
+# Libraries' own buffers, and the pages of the tokenizer; measured 60 MB.
+_MEMORY_MARGIN_BYTES = 100_000_000
+# Backward costs twice as much as forward, and only the forward pass goes through the layers below.
+_TRAINING_COST = 3.0
+
+
+class Maps(Protocol):
+    """Feature maps at one cut: found, or computed and kept (``node.compute.features``)."""
+
+    hits: int
+    misses: int
+
+    def read(self, ids: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+        """(T_i, d) for each list of tokens, in float32, entering the cut."""
+
+
+MapsFactory = Callable[[int, float], Maps]
+"""From the cut and the error accepted in feature maps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How far the job is; see ``mesh.messages.TaskProgress`` for what each means."""
+
+    phase: Phase = "reading"
+    fraction: float = 0.0
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    metric: float | None = None
+    eta_s: float | None = None
+    cache_hits: int = 0
+    cache_misses: int = 0
+    text: str = ""
+
+    def message(self, task: TaskId, attempt: int, seq: int) -> TaskProgress:
+        return TaskProgress(
+            task=task,
+            attempt=attempt,
+            seq=seq,
+            **{name: getattr(self, name) for name in self.__slots__},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TuneEvent:
+    """What one chunk did. ``text`` is a line for the log where there is something to say."""
+
+    progress: Snapshot
+    is_done: bool = False
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a job was, as its checkpoint says."""
+
+    step: int
+    losses: tuple[float, ...]
+    metrics: tuple[float, ...]
+    """After each epoch, as far as measured."""
+    threads: int
+    """Sums are split among threads, so their number is part of what gives the same bits."""
+    top_layers: int
+    why: str
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> _Place | None:
+        """``None`` where something is missing: the job starts over."""
+        try:
+            return cls(
+                step=int(found["step"]),
+                losses=tuple(map(float, found["losses"])),
+                metrics=tuple(map(float, found["metrics"])),
+                threads=int(found["threads"]),
+                top_layers=int(found["top_layers"]),
+                why=str(found["why"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            _log.warning("the checkpoint does not say where the job was (%s); starting over", error)
+            return None
+
+
+class TuneJob:
+    """``directory`` holds the model, ``digest`` is its weights' SHA-256; ``datasets_dir`` has the records
+    by theirs.
+
+    ``deadline_s``: seconds that are left, for the choice of layers. ``checkpoint_steps``: save after every so
+    many steps, besides every ten seconds.
+
+    Raises (from ``step`` and on construction):
+        ConfigError: The task cannot be done as asked; the text says what to change.
+    """
+
+    def __init__(
+        self,
+        spec: TuneSpec,
+        *,
+        directory: Path,
+        digest: str,
+        shelf_dir: Path,
+        checkpoint_dir: Path,
+        maps_factory: MapsFactory,
+        datasets_dir: Path | None = None,
+        threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        deadline_s: float | None = None,
+        checkpoint_steps: int | None = None,
+        memory_free: Callable[[], int] = memory_free_bytes,
+    ) -> None:
+        self.spec = spec
+        self._directory = directory
+        self._digest = digest
+        self._shelf_dir = shelf_dir
+        self._maps_factory = maps_factory
+        self._datasets_dir = datasets_dir
+        self._threads = threads
+        self._clock = clock
+        self._deadline_at = None if deadline_s is None else clock() + deadline_s
+        self._checkpoint_steps = checkpoint_steps
+        self._memory_free = memory_free
+        self._checkpoint_dir = checkpoint_dir
+        self._config = read_config(directory)
+        check_method(spec.method, spec.targets, spec.task)
+        if spec.top_layers is not None:
+            check_cut(self._config, spec.top_layers)
+        self._kind: Kind = "classify" if spec.task == "classify" else "lm"
+        self.progress = Snapshot(epochs=spec.epochs)
+        self.result: AdapterCard | None = None
+        self._say = ""
+        self._hits = self._misses = 0
+        self._work = self._whole()
+
+    def step(self) -> TuneEvent:
+        """One chunk of work; ``is_done`` once ``result`` is there."""
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        self._say = ""
+        with torch.inference_mode(False), torch.enable_grad():
+            is_done = next(self._work, "end") == "end"
+        assert not is_done or self.result is not None
+        return TuneEvent(self.progress, is_done, self._say)
+
+    def close(self) -> None:
+        """Give up; what the last checkpoint holds stays for another time."""
+        self._work.close()
+
+    # ── the phases ──────────────────────────────────────────────────────────────────────────────────
+
+    def _whole(self) -> Generator[None, None, None]:
+        spec = self.spec
+        records, held_out = self._records()
+        own = spec_digest(spec, records.sha256, held_out.sha256 if held_out else "", self._digest)
+        yield
+        if self._is_on_shelf(own):
+            self._show(phase="saving", fraction=1.0, text="this adapter was trained before; nothing to do")
+            return
+        checkpoints = Checkpoints(self._checkpoint_dir, own)
+        saved = checkpoints.latest()
+        place = None if saved is None else _Place.of(saved.place)
+        if place is not None:
+            self._threads = place.threads
+            self._tell(f"going on after step {place.step} of an earlier attempt")
+            yield
+        tokens = TuneTokens(self._directory, spec.max_tokens)
+        yield
+        invocation = tokens.invocation() if spec.method == "alora" else ()
+        examples: list[Example] = []
+        for found in encoded(records, tokens, invocation, skip_bad=spec.skip_bad):
+            examples.append(found)
+            if len(examples) % _TEXTS_PER_LOOK == 0:
+                self._show(fraction=0.0, text=f"{len(examples)} of {len(records.items)} records read")
+                yield
+        evaluation: list[Example] = []
+        if held_out is not None:
+            for found in encoded(
+                held_out, tokens, invocation, skip_bad=spec.skip_bad, name="the evaluation data"
+            ):
+                evaluation.append(found)
+                if len(evaluation) % _TEXTS_PER_LOOK == 0:
+                    yield
+        top_layers, why = spec.top_layers, ""
+        if place is not None:
+            top_layers, why = place.top_layers, place.why
+        elif top_layers is None:
+            choice = yield from self._choose(examples, len(records.labels), invocation)
+            top_layers, why = choice.top_layers, choice.reason
+            self._tell(why)
+        cut = check_cut(self._config, top_layers)
+        self._check_memory(top_layers)
+        maps = self._maps_factory(cut, spec.feature_error)
+        trainer = self._trainer(cut, examples, maps.read, len(records.labels), invocation, self._recipe())
+        yield
+        metrics: list[float] = []
+        if saved is not None and place is not None:
+            try:
+                trainer.restore(place.step, place.losses, saved.tensors)
+                metrics = list(place.metrics)
+            except ValueError as error:
+                self._tell(f"the checkpoint does not fit ({error}); starting over")
+        self._progress_of(trainer, maps, metrics, why, phase="features")
+        if trainer.step < trainer.n_steps:
+            yield from self._features(maps, [*examples, *evaluation], trainer, why)
+        yield from self._train(trainer, maps, evaluation, metrics, checkpoints, why)
+        self._progress_of(trainer, maps, metrics, why, phase="saving")
+        yield
+        self._save(trainer, own, cut, records, metrics)
+        checkpoints.remove()
+        self._progress_of(trainer, maps, metrics, why, phase="saving", fraction=1.0)
+
+    def _records(self) -> tuple[Records, Records | None]:
+        spec = self.spec
+        records = self._read(spec.data, spec.data_sha256, "the data")
+        held_out = None
+        if spec.eval_data is not None or spec.eval_sha256 is not None:
+            held_out = self._read(spec.eval_data, spec.eval_sha256, "the evaluation data")
+        same_labels(records, held_out or records)
+        if held_out is not None and held_out.task == "classify":
+            # A label has one number, whichever file it stands in.
+            held_out.label_of.clear()
+            held_out.label_of.update(records.label_of)
+        if records.n_skipped:
+            self._tell(f"{records.n_skipped} bad lines left out, such as {records.skipped[0]}")
+        return records, held_out
+
+    def _read(self, inline: str | None, sha256: str | None, name: str) -> Records:
+        spec = self.spec
+        if inline is not None:
+            return read_records(inline, spec.task, skip_bad=spec.skip_bad, name=name)
+        assert sha256 is not None, "the spec has checked it"
+        path = self._datasets_dir / sha256 if self._datasets_dir is not None else None
+        if path is None or not path.is_file():
+            raise ConfigError(
+                f"{name} ({sha256[:12]}…) is not on this node; submit where the file is, or send it along"
+            )
+        records = read_file(path, spec.task, skip_bad=spec.skip_bad)
+        if records.sha256 != sha256:
+            raise ConfigError(f"{path} is damaged: its content is not what its name says; copy it again")
+        return records
+
+    def _choose(
+        self, examples: list[Example], n_labels: int, invocation: Sequence[int]
+    ) -> Generator[None, None, auto.Choice]:
+        n_layers: int = self._config.num_hidden_layers
+        trial = auto.Trial(
+            base=lambda cut: load_top(self._directory, cut, self._kind, n_labels),
+            n_layers=n_layers,
+            examples=examples,
+            maps_factory=lambda cut: self._maps_factory(cut, self.spec.feature_error),
+            trainer=lambda cut, chosen, read, recipe: self._trainer(
+                cut, chosen, read, n_labels, invocation, recipe
+            ),
+            recipe=self._recipe(),
+            left_s=None if self._deadline_at is None else self._deadline_at - self._clock(),
+            fits=lambda k: self._training_bytes(k) <= self._memory_free(),
+            is_classifier=self._kind == "classify",
+            clock=self._clock,
+        )
+        for text in trial.run():
+            self._show(phase="choosing", text=text)
+            yield
+        assert trial.choice is not None
+        return trial.choice
+
+    def _features(
+        self, maps: Maps, examples: Sequence[Example], trainer: Trainer, why: str
+    ) -> Iterator[None]:
+        """Every map once, in chunks of about ``_CHUNK_S``; training finds them afterwards."""
+        wanted = list(dict.fromkeys(example.ids for example in examples))
+        n_tokens = sum(map(len, wanted))
+        done, at, pace_s = 0, 0, 0.0
+        started_at = self._clock()
+        while at < len(wanted):
+            several = [wanted[at]]
+            budget = _CHUNK_S / pace_s if pace_s else 0.0
+            while at + len(several) < len(wanted) and sum(map(len, several)) < budget:
+                several.append(wanted[at + len(several)])
+            before = self._clock()
+            maps.read(several)
+            n = sum(map(len, several))
+            pace_s = max((self._clock() - before) / n, 1e-7)
+            at, done = at + len(several), done + n
+            share = self._features_share(trainer)
+            spent_s = self._clock() - started_at
+            eta_s = spent_s * (n_tokens / done - 1) + spent_s * n_tokens / done * (1 - share) / max(
+                share, 1e-9
+            )
+            self._progress_of(
+                trainer, maps, [], why, phase="features", fraction=share * done / n_tokens, eta_s=eta_s
+            )
+            yield
+
+    def _train(
+        self,
+        trainer: Trainer,
+        maps: Maps,
+        evaluation: Sequence[Example],
+        metrics: list[float],
+        checkpoints: Checkpoints,
+        why: str,
+    ) -> Iterator[None]:
+        saved_at, started_at, began = self._clock(), self._clock(), trainer.step
+        share = self._features_share(trainer)
+        while True:
+            if evaluation and len(metrics) < trainer.epoch:
+                judgement = yield from trainer.evaluate(evaluation)
+                metrics.append(judgement.accuracy if self._kind == "classify" else judgement.loss)
+                self._progress_of(trainer, maps, metrics, why, phase="training")
+                continue
+            if trainer.step == trainer.n_steps:
+                break
+            yield from trainer.take_step()
+            if not all(map(_is_finite, list(trainer.losses)[-1:])):
+                raise ConfigError(
+                    f"training diverged at step {trainer.step}: the loss is no number any more. Choose a "
+                    f"smaller --learning-rate than {self._recipe().learning_rate:g}"
+                )
+            now = self._clock()
+            pace_s = (now - started_at) / (trainer.step - began)
+            self._progress_of(
+                trainer,
+                maps,
+                metrics,
+                why,
+                phase="training",
+                fraction=share + (1 - share) * trainer.step / trainer.n_steps,
+                eta_s=pace_s * (trainer.n_steps - trainer.step),
+            )
+            by_count = self._checkpoint_steps is not None and trainer.step % self._checkpoint_steps == 0
+            if by_count or now - saved_at >= _CHECKPOINT_S:
+                self._checkpoint(trainer, metrics, checkpoints, why)
+                saved_at = self._clock()
+            yield
+
+    # ── parts ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _recipe(self) -> Recipe:
+        spec = self.spec
+        rate = spec.learning_rate or check_method(spec.method, spec.targets, spec.task).learning_rate
+        return Recipe(rate, spec.epochs, spec.batch, spec.seed)
+
+    def _trainer(
+        self,
+        cut: int,
+        examples: Sequence[Example],
+        read: Callable[[Sequence[Sequence[int]]], Sequence[Tensor]],
+        n_labels: int,
+        invocation: Sequence[int],
+        recipe: Recipe,
+    ) -> Trainer:
+        spec = self.spec
+        model: Any = load_top(self._directory, cut, self._kind, n_labels)
+        if self._kind == "classify":
+            _start_head(model.score, spec.seed)
+        wrapped = adapt(
+            model,
+            spec.method,
+            layers=range(cut, self._config.num_hidden_layers),
+            task=spec.task,
+            targets=spec.targets,
+            rank=spec.rank,
+            alpha=spec.alpha,
+            seed=spec.seed,
+            invocation=tuple(invocation) or None,
+        )
+        n_rows = rows_per_piece(
+            top_bytes(self._config, self._config.num_hidden_layers - cut, "classify") // 4
+        )
+        return Trainer(
+            wrapped, cut, self._kind, examples, read, recipe, n_rows, is_activated=spec.method == "alora"
+        )
+
+    def _check_memory(self, top_layers: int) -> None:
+        """Raises:
+        ConfigError: Training would need more memory than is free.
+        """
+        needed = self._training_bytes(top_layers)
+        free = self._memory_free()
+        if needed > free:
+            raise ConfigError(
+                f"training the top {top_layers} layers needs about {needed / 1e6:,.0f} MB and "
+                f"{free / 1e6:,.0f} MB are free; choose fewer layers (--top-layers), a lower rank, or end "
+                "other programs"
+            )
+
+    def _training_bytes(self, top_layers: int) -> int:
+        return training_bytes(self._config, top_layers, self._kind, self.spec.rank)
+
+    def _checkpoint(self, trainer: Trainer, metrics: list[float], checkpoints: Checkpoints, why: str) -> None:
+        place = _Place(
+            step=trainer.step,
+            losses=tuple(trainer.losses),
+            metrics=tuple(metrics),
+            threads=self._threads,
+            top_layers=self._config.num_hidden_layers - trainer.cut,
+            why=why,
+        )
+        try:
+            checkpoints.save(asdict(place), trainer.tensors())
+        except OSError as error:
+            self._tell(f"no checkpoint could be written ({error.strerror}); training goes on without")
+
+    def _is_on_shelf(self, own: str) -> bool:
+        path = self._shelf_dir / self.spec.adapter
+        try:
+            card = read_card(path)
+            if card is None or card.spec_digest != own or digest_of(path) != card.digest:
+                return False
+        except ConfigError:
+            return False
+        self.result = card.listing()
+        return True
+
+    def _save(self, trainer: Trainer, own: str, cut: int, records: Records, metrics: list[float]) -> None:
+        spec = self.spec
+        self._shelf_dir.mkdir(parents=True, exist_ok=True)
+        draft = self._shelf_dir / f".{spec.adapter}.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        model = trainer.model
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = self._directory.name
+            config.inference_mode = True
+        model.save_pretrained(draft, safe_serialization=True, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's form for publishing, with nothing filled in
+        card = Card(
+            name=spec.adapter,
+            digest=digest_of(draft),
+            method=spec.method,
+            task=spec.task,
+            first_layer=cut,
+            top_layers=self._config.num_hidden_layers - cut,
+            labels=records.labels,
+            backbone_sha256=self._digest,
+            spec_digest=own,
+            metric=metrics[-1] if metrics else None,
+            bytes=sum(path.stat().st_size for path in draft.iterdir()),
+        )
+        write_card(draft, card)
+        replace_directory(draft, self._shelf_dir / spec.adapter)
+        self.result = card.listing()
+
+    # ── telling ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _features_share(self, trainer: Trainer) -> float:
+        """What part of all the work the feature maps are, were none of them there."""
+        below: int = trainer.cut
+        above = _TRAINING_COST * (self._config.num_hidden_layers - below) * self.spec.epochs
+        return float(below / (below + above))
+
+    def _tell(self, text: str) -> None:
+        _log.info("tuning %s: %s", self.spec.adapter, text)
+        self._say = text
+
+    def _show(self, **changes: Any) -> None:
+        fields = {name: getattr(self.progress, name) for name in Snapshot.__slots__}
+        self.progress = Snapshot(**{**fields, **changes})
+
+    def _progress_of(
+        self, trainer: Trainer, maps: Maps, metrics: list[float], why: str, **changes: Any
+    ) -> None:
+        self._show(
+            **{
+                "epoch": trainer.epoch,
+                "step": trainer.step,
+                "steps": trainer.n_steps,
+                "loss": trainer.loss,
+                "metric": metrics[-1] if metrics else None,
+                "cache_hits": maps.hits,
+                "cache_misses": maps.misses,
+                "text": why,
+                **changes,
+            }
+        )
+
+
+def training_bytes(config: Any, top_layers: int, kind: Kind, rank: int) -> int:
+    """About what training takes at its peak, besides feature maps: weights, optimizer, one piece's rows."""
+    d, d_mlp = config.hidden_size, config.intermediate_size
+    weights = top_bytes(config, top_layers, kind)
+    # Weight, gradient and two moments of A and B on seven matrices a layer.
+    adapter = 16 * top_layers * rank * (8 * d + 3 * (d + d_mlp))
+    n_rows = rows_per_piece(top_bytes(config, top_layers, "classify") // 4)
+    # Counted in the pass: 12 rows of width d and 6 of the MLP's are kept a layer, twice while they go back.
+    rows = 4 * 2 * n_rows * top_layers * (12 * d + 6 * d_mlp)
+    logits = 4 * 3 * n_rows * config.vocab_size if kind == "lm" else 0
+    return int(weights + adapter + rows + logits + _MEMORY_MARGIN_BYTES)
+
+
+def _start_head(head: Any, seed: int) -> None:
+    """Small random weights, as ``transformers`` starts a head, but from ``seed``."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=source))
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
