@@ -38,6 +38,7 @@ from platformdirs import user_config_path, user_state_path
 from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId, is_id, new_node_id
+from mesh.units import GIB
 
 if TYPE_CHECKING:
     from mesh.transport.identity import Identity, MeshKey
@@ -46,6 +47,7 @@ __all__ = ["DEFAULT_MESH", "KnownBroker", "NodeSlot", "StateDir", "default_confi
 
 DEFAULT_MESH = MeshName("home")
 SLOTS_MAX = 256  # nodes of one mesh on one machine; a laptop runs out of memory long before
+DATASETS_BYTES_MAX = 2 * GIB  # eight of the largest that are tuned on
 RECORD_BYTES_MAX = 64 * 1024  # the largest is broker.json with 16 addresses, under 1 KiB
 
 
@@ -340,6 +342,8 @@ class StateDir:
     def keep_dataset(self, content: bytes) -> str:
         """Tuning data for the nodes of this machine, durable on return; their SHA-256.
 
+        The data longest unused make room; a task that waits for them would be refused, and say so.
+
         Raises:
             ConfigError: The directory cannot be written.
         """
@@ -347,8 +351,19 @@ class StateDir:
         path = self.datasets_dir / f"{digest}.jsonl"
         with _readable_errors(path):
             _make_dir(path.parent)
-            if not path.exists():  # it is durable and whole, or it would not have its name
+            if path.exists():  # it is durable and whole, or it would not have its name
+                os.utime(path)
+            else:
                 _write_bytes(path, content)
+            newest_first = sorted(
+                ((one, one.stat()) for one in path.parent.glob("*.jsonl")),
+                key=lambda found: (found[0] != path, -found[1].st_mtime_ns),
+            )
+            n_bytes = 0
+            for one, status in newest_first:
+                n_bytes += status.st_size
+                if n_bytes > DATASETS_BYTES_MAX and one != path:
+                    one.unlink(missing_ok=True)
         return digest
 
     def _mesh(self, mesh: MeshName) -> Path:

@@ -227,9 +227,23 @@ def test_data_are_kept_under_their_digest_and_for_this_user_alone(tmp_path: Path
     path = state.datasets_dir / f"{digest}.jsonl"
     assert digest == hashlib.sha256(content).hexdigest()
     assert path.read_bytes() == content and path.stat().st_mode & 0o777 == 0o600
-    before = path.stat().st_mtime_ns
-    assert state.keep_dataset(content) == digest and path.stat().st_mtime_ns == before
+    before = path.stat().st_ino
+    assert state.keep_dataset(content) == digest and path.stat().st_ino == before
     assert [one.name for one in state.datasets_dir.iterdir()] == [path.name]
+
+
+def test_the_data_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "DATASETS_BYTES_MAX", 250)
+    state = StateDir(tmp_path / "state")
+    digests = []
+    for k in range(3):
+        digests.append(state.keep_dataset(bytes([k]) * 100))
+        os.utime(state.datasets_dir / f"{digests[-1]}.jsonl", (1000 + k, 1000 + k))
+        if k == 1:
+            state.keep_dataset(bytes([0]) * 100)  # used again: the second is the older one now
+    assert {path.stem for path in state.datasets_dir.iterdir()} == {digests[0], digests[2]}
+    alone = state.keep_dataset(b"x" * 1000)
+    assert [path.stem for path in state.datasets_dir.iterdir()] == [alone], "the newest is always kept"
 
 
 def test_data_that_cannot_be_kept_say_where_and_what_to_do(tmp_path: Path) -> None:
