@@ -277,7 +277,7 @@ class TuneJob:
         if inline is not None:
             return read_records(inline, spec.task, skip_bad=spec.skip_bad, name=name)
         assert sha256 is not None, "the spec has checked it"
-        path = self._datasets_dir / sha256 if self._datasets_dir is not None else None
+        path = self._datasets_dir / f"{sha256}.jsonl" if self._datasets_dir is not None else None
         if path is None or not path.is_file():
             raise ConfigError(
                 f"{name} ({sha256[:12]}…) is not on this node; submit where the file is, or send it along"
