@@ -151,7 +151,9 @@ class AdapterRows:
             elif adapter is not None and n:
                 short.setdefault(adapter, []).extend(range(start, start + n))
             start += n
-        is_one = len(short) == 1
+        # One adapter alone needs no layout, unless it has but one row: that row then gets the same bits as
+        # it gets in company.
+        is_one = len(short) == 1 < len(next(iter(short.values()), ()))
         for adapter in [a for a, rows in short.items() if is_one or len(rows) > _SHARED_ROWS]:
             own.append((adapter, _places(short.pop(adapter))))
         self._n_rows = start
@@ -353,7 +355,7 @@ def _lay_out(members: Sequence[Adapter], layer: int, slot: Slot) -> tuple[_Laid,
     """Side by side those whose ranks round up to the same power of two, so padding at most doubles."""
     classes: dict[tuple[int, bool, bool, bool], list[int]] = {}
     for at, adapter in enumerate(members):
-        if (delta := adapter.deltas.get((layer, slot))) is not None:
+        if (delta := adapter.deltas.get((layer, slot))) is not None and delta.tensors():
             rank = max((up.b.shape[1] for up in delta.ups), default=0)
             scales = (delta.out_scale is not None, delta.in_scale is not None, delta.bias is not None)
             classes.setdefault((max(rank - 1, 0).bit_length() if rank else -1, *scales), []).append(at)
