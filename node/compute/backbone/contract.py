@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from node.compute.backbone.deltas import Adapter
@@ -53,8 +54,12 @@ class Backbone(Protocol):
     width: int
     """d: numbers in one row."""
     precision: str
+    numerics: str
+    """What the last bits of a row depend on beside weights and tokens: library, processor, format."""
     weight_bytes: int
     """What one decoding step reads."""
+    held_bytes: int
+    """What the weights take in memory."""
 
     def states(self, capacity: int) -> Any:
         """Room for ``capacity`` tokens of one sequence."""
@@ -73,27 +78,56 @@ class Backbone(Protocol):
 
 
 class KeyValues:
-    """Attention states of one sequence: preallocated, filled from the front.
+    """Attention states of one sequence: preallocated, filled from the front, never changed once written.
+
+    The first ``starts[layer]`` positions of a layer may be another sequence's, seen where they are
+    (``shared``); the sequence's own states follow. Whoever shares keeps the memory alive.
 
     Shapes:
-        keys, values: (layers, kv_heads, capacity, head_dim)
+        keys, values: of each layer (kv_heads, capacity - start, head_dim)
+        shared:       of each layer ``None`` or keys and values (kv_heads, start, head_dim)
         cos, sin:     (capacity, 1, head_dim)  rotary factors of each position
 
-    Keys are stored rotated, so a prefix may be copied into another sequence at the same positions.
+    Keys are stored rotated, so a prefix may be used by another sequence at the same positions.
     ``torch.empty`` commits no memory before it is written, so room for ``max_tokens`` that never come
     costs nothing on a CPU.
     """
 
-    __slots__ = ("cos", "keys", "length", "sin", "values")
+    __slots__ = ("cos", "keys", "length", "shared", "sin", "starts", "values")
 
-    def __init__(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        shared: Sequence[tuple[Tensor, Tensor] | None] = (),
+    ) -> None:
         self.keys, self.values = keys, values
         self.cos, self.sin = cos, sin
+        self.shared = shared or [None] * len(keys)
+        self.starts = [0 if place is None else int(place[0].shape[1]) for place in self.shared]
         self.length = 0
 
     @property
     def capacity(self) -> int:
-        return int(self.keys.shape[2])
+        return int(self.cos.shape[0])
+
+    def append(self, layer: int, at: int, keys: Tensor, values: Tensor) -> None:
+        """Shapes: (kv_heads, n, head_dim), of positions ``at`` and following."""
+        own = at - self.starts[layer]
+        assert own >= 0, "states of others are never written to"
+        self.keys[layer][:, own : own + keys.shape[1]] = keys
+        self.values[layer][:, own : own + keys.shape[1]] = values
+
+    def seen(self, layer: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Where the keys and values of positions 0 to ``stop`` are, in order; views, one or two."""
+        start, found = self.starts[layer], []
+        if (place := self.shared[layer]) is not None:
+            found.append(place if stop >= start else (place[0][:, :stop], place[1][:, :stop]))
+        if stop > start:
+            found.append((self.keys[layer][:, : stop - start], self.values[layer][:, : stop - start]))
+        return found
 
     def block(self, start: int, stop: int, n_layers: int) -> tuple[Tensor, Tensor]:
         """A copy of the states of positions ``start`` to ``stop`` in the first ``n_layers`` layers.
@@ -101,10 +135,12 @@ class KeyValues:
         Shapes: two of (n_layers, kv_heads, stop - start, head_dim).
         """
         assert 0 <= start <= stop <= self.capacity
-        return self.keys[:n_layers, :, start:stop].clone(), self.values[:n_layers, :, start:stop].clone()
+        whole = [self.seen(layer, stop) for layer in range(n_layers)]
+        keys = [torch.cat([place[0] for place in places], dim=1)[:, start:] for places in whole]
+        values = [torch.cat([place[1] for place in places], dim=1)[:, start:] for places in whole]
+        return torch.stack(keys), torch.stack(values)
 
     def fill(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Put ``block``s back; ``length`` is the caller's to move once every layer has its states."""
-        n_layers, _, n, _ = keys.shape
-        self.keys[:n_layers, :, start : start + n] = keys
-        self.values[:n_layers, :, start : start + n] = values
+        for layer in range(len(keys)):
+            self.append(layer, start, keys[layer], values[layer])

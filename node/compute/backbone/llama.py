@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from node.compute.backbone.attention import Place, attend
 from node.compute.backbone.contract import KeyValues, Pass, Segment
 from node.compute.backbone.deltas import Adapter, AdapterRows, Norm, Slot
-from node.compute.backbone.linear import Linear
+from node.compute.backbone.embedding import Embedding
+from node.compute.backbone.linear import Linear, compute_dtype, make_linear, numerics
 from node.compute.backbone.weights import Weights
 
 __all__ = ["CONTEXT_TOKENS_MAX", "LlamaBackbone"]
@@ -30,6 +33,8 @@ __all__ = ["CONTEXT_TOKENS_MAX", "LlamaBackbone"]
 # The longest context served: key/value states of one sequence of SmolLM2 take 46 kB per token, so 8,192
 # tokens are 377 MB. A model that could take more is held to this until states can leave the memory.
 CONTEXT_TOKENS_MAX = 8192
+
+_ROTARY_TOKENS = 512  # rotary factors made at the start; more as sequences ask for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,16 @@ class _Layer:
 
 
 class LlamaBackbone:
-    """The Llama family, computed in ``dtype`` with logits in float32."""
+    """The Llama family with its weights in ``precision``, and logits in float32.
+
+    ``numerics`` names what the last bits of a row depend on beside weights and tokens; ``held_bytes`` is
+    what the weights take in memory.
+    """
 
     # Rotary kinds whose frequencies do not depend on how long the sequence has become.
     _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
-    def __init__(self, directory: Path, config: Any, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, config: Any, device: str, precision: str) -> None:
         self.device = device
         self.context_tokens = min(config.max_position_embeddings, CONTEXT_TOKENS_MAX)
         self._heads: int = config.num_attention_heads
@@ -61,22 +70,32 @@ class LlamaBackbone:
         self._frequencies, self._rope_scale = _rope(config)
         self.n_layers: int = config.num_hidden_layers
         self.width: int = config.hidden_size
-        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        self.precision = precision
+        self.numerics = numerics(precision, device)
+        dtype = compute_dtype(precision)
 
         with Weights(directory, device, dtype) as weights:
-            self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.n_layers)]
+            self._layers = [_layer(weights, f"model.layers.{i}.", precision) for i in range(self.n_layers)]
             self._final_norm = weights["model.norm.weight"].clone()
             tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-            self._head = Linear(weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
-        # Opened again on purpose: only the rows of tokens that occur are ever read from the file, while
-        # the pages of the weights above go when their mapping is closed.
-        with Weights(directory, device, dtype) as weights:
-            self.embedding = weights["model.embed_tokens.weight"]  # (vocabulary, d)
+            # 4 bits cost the head 10 % of perplexity and the layers nothing: it has 8 then.
+            self._head = make_linear(
+                weights["model.embed_tokens.weight" if tied else "lm_head.weight"],
+                None,
+                "int8" if precision == "int4" else precision,
+            )
+        self.embedding = Embedding(directory, "model.embed_tokens.weight", device, dtype)
+        self._cos, self._sin = self._rotary(_ROTARY_TOKENS)
         self.weight_bytes = self._head.nbytes + sum(
             linear.nbytes
             for layer in self._layers
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         )
+        norms = [
+            self._final_norm,
+            *(n for layer in self._layers for n in (layer.attention_norm, layer.mlp_norm)),
+        ]
+        self.held_bytes = self.weight_bytes + self.embedding.nbytes + sum(norm.nbytes for norm in norms)
 
     @classmethod
     def can_run(cls, config: Any) -> bool:
@@ -94,22 +113,28 @@ class LlamaBackbone:
             and getattr(config, "quantization_config", None) is None
         )
 
-    def states(self, capacity: int) -> KeyValues:
-        angles = (
-            torch.arange(capacity, dtype=torch.float32)[:, None] * self._frequencies
-        )  # (capacity, head_dim/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (capacity, 1, head_dim)
-        like = self.embedding
+    def states(self, capacity: int, shared: Sequence[Place | None] = ()) -> KeyValues:
+        """Room for ``capacity`` tokens; ``shared``: of each layer the first positions, computed before."""
+        if len(self._cos) < capacity:
+            self._cos, self._sin = self._rotary(min(2 * capacity, max(capacity, self.context_tokens)))
+        like = self.embedding.like
+        starts = [0 if place is None else place[0].shape[1] for place in shared] or [0] * self.n_layers
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for start, layers in groupby(starts):  # one piece of memory for all layers that begin alike
+            shape = (len(list(layers)), self._kv_heads, capacity - start, self._head_dim)
+            keys += torch.empty(shape, dtype=like.dtype, device=like.device)
+            values += torch.empty(shape, dtype=like.dtype, device=like.device)
+        return KeyValues(keys, values, self._cos[:capacity], self._sin[:capacity], shared)
+
+    def _rotary(self, n: int) -> tuple[Tensor, Tensor]:
+        """Shapes: two of (n, 1, head_dim)."""
+        angles = torch.arange(n, dtype=torch.float32)[:, None] * self._frequencies  # (n, head_dim/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
         sin = angles.sin() * self._rope_scale
         # rotate_half negates the upper half of what it moves; the sign is kept in the table instead.
         sin[..., : self._head_dim // 2].neg_()
-        shape = (self.n_layers, self._kv_heads, capacity, self._head_dim)
-        return KeyValues(
-            torch.empty(shape, dtype=like.dtype, device=like.device),
-            torch.empty(shape, dtype=like.dtype, device=like.device),
-            (angles.cos() * self._rope_scale).to(like),
-            sin.to(like),
-        )
+        return (angles.cos() * self._rope_scale).to(self.embedding.like), sin.to(self.embedding.like)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(self, segments: Sequence[Segment], *, keep_at: Sequence[int] = ()) -> Pass:
@@ -121,7 +146,7 @@ class LlamaBackbone:
             if index in keep:
                 kept[index] = rows.x[: rows.n_began]
             if rows.parts:
-                self._block(index, rows)
+                self._block(index, rows, prune=index == self.n_layers - 1 and self.n_layers not in keep)
         if self.n_layers in keep:
             kept[self.n_layers] = rows.x
         rows.end()
@@ -147,8 +172,11 @@ class LlamaBackbone:
 
     # ── one block ───────────────────────────────────────────────────────────────────────────────────
 
-    def _block(self, index: int, rows: _Rows) -> None:
-        """``rows.x`` through one layer, appending the rows' keys and values to their states."""
+    def _block(self, index: int, rows: _Rows, *, prune: bool = False) -> None:
+        """``rows.x`` through one layer, appending the rows' keys and values to their states.
+
+        ``prune``: nothing comes after this layer, so rows that nobody wants leave their states and go.
+        """
         layer, deltas, x = self._layers[index], rows.deltas, rows.x
         eps = self._eps
 
@@ -160,8 +188,13 @@ class LlamaBackbone:
                 return F.rms_norm(y, weight.shape, weight, eps)
             return deltas.norm(index, which, weight, y, eps)
 
-        normed = norm("attention", layer.attention_norm, x)
-        x = x + linear("out", layer.out, self._attention(index, linear("qkv", layer.qkv, normed), rows))
+        qkv = linear("qkv", layer.qkv, norm("attention", layer.attention_norm, x))
+        if prune and rows.prune():
+            x, deltas = rows.x, rows.deltas
+        attended = self._attention(index, qkv, rows)
+        if not len(x):
+            return
+        x = x + linear("out", layer.out, attended)
         normed = norm("mlp", layer.mlp_norm, x)
         gate, up = linear("gate_up", layer.gate_up, normed).split(self._d_mlp, dim=-1)
         rows.x = x + linear("down", layer.down, F.silu(gate).mul_(up))
@@ -174,36 +207,23 @@ class LlamaBackbone:
         qk = qk * rows.cos + qk.roll(head_dim // 2, dims=-1) * rows.sin
         q, k = qk[:, :heads], qk[:, heads:]
 
-        results = []
+        results: dict[int, Tensor] = {}
         start = 0
-        for (kv, n), mask in zip(rows.parts, rows.masks, strict=True):
-            now, past, end = slice(start, start + n), kv.length, kv.length + n
-            kv.keys[index, :, past:end] = k[now].transpose(0, 1)
-            kv.values[index, :, past:end] = v[now].transpose(0, 1)
-            keys, values = kv.keys[index : index + 1, :, :end], kv.values[index : index + 1, :, :end]
-            if n == 1:
-                # One new token sees everything: the queries that share a key head stand in for positions,
-                # so grouped attention needs no copy of the keys.
-                query = q[now].view(1, kv_heads, heads // kv_heads, head_dim)
-                attended = F.scaled_dot_product_attention(query, keys, values)
-            else:
-                query = q[now].transpose(0, 1)[None]  # (1, heads, n, head_dim)
-                attended = F.scaled_dot_product_attention(
-                    query,
-                    keys.repeat_interleave(heads // kv_heads, dim=1),
-                    values.repeat_interleave(heads // kv_heads, dim=1),
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                ).transpose(1, 2)
-            results.append(attended.reshape(n, heads * head_dim))
-            start += n
-        return results[0] if len(results) == 1 else torch.cat(results)
+        for at, (kv, n) in zip(rows.order, rows.parts, strict=True):
+            past, end = kv.length, start + n
+            kv.append(index, past, k[start:end].transpose(0, 1), v[start:end].transpose(0, 1))
+            n_asking = rows.n_wanted(at) if rows.is_pruned else n
+            if n_asking:
+                results[at] = _attended(q[end - n_asking : end], kv.seen(index, past + n))
+            start = end
+        in_order = [results[at] for at in (sorted(results) if rows.is_pruned else rows.order)]
+        return _joined(in_order) if in_order else qkv.new_empty(0, heads * head_dim)
 
     def _final(self, rows: _Rows) -> Tensor:
         """The wanted rows after the final norm."""
-        x = rows.x[rows.wanted()] if rows.wants_some else rows.x
+        x = rows.x[rows.wanted()] if rows.wants_some and not rows.is_pruned else rows.x
         weight, deltas = self._final_norm, rows.wanted_deltas
-        if deltas is None:
+        if deltas is None or not len(x):
             return F.rms_norm(x, weight.shape, weight, self._eps)
         return deltas.norm(self.n_layers, "final", weight, x, self._eps)
 
@@ -228,10 +248,11 @@ class _Rows:
         self._order = sorted(range(len(segments)), key=lambda at: segments[at].enters)  # stable
         self._n_in = 0
         self.parts: list[tuple[KeyValues, int]] = []
-        self.masks: list[Tensor | None] = []
+        self.is_pruned = False
+        """Only wanted rows are left, in the order of the segments."""
         self.deltas: AdapterRows | None = None
         self.n_began = 0
-        self.x = backbone.embedding[:0]
+        self.x = backbone.embedding.like
 
     def enter(self, layer: int) -> None:
         """Take in the segments whose first layer this is."""
@@ -242,12 +263,11 @@ class _Rows:
         self.n_began = sum(n for _, n in self.parts) if layer else 0
         if not due:
             return
-        like = self._backbone.embedding
+        like = self._backbone.embedding.like
         new = []
         for segment in due:
             if segment.hidden is None:
-                ids = torch.tensor(list(segment.ids), device=like.device)
-                new.append(like[ids])
+                new.append(self._backbone.embedding(segment.ids))
             else:
                 new.append(segment.hidden.to(like))
         kept = [self.x] if self.parts else []
@@ -257,7 +277,6 @@ class _Rows:
         for segment in due:
             states, n = segment.states, len(segment.ids)
             self.parts.append((states, n))
-            self.masks.append(_causal_mask(states.length, n, like))
         self.cos = _joined([kv.cos[kv.length : kv.length + n] for kv, n in self.parts])  # (rows, 1, head_dim)
         self.sin = _joined([kv.sin[kv.length : kv.length + n] for kv, n in self.parts])
         entered = [self._segments[at] for at in self._order[: self._n_in]]
@@ -268,6 +287,23 @@ class _Rows:
         assert self._n_in == len(self._order), "a segment enters above the last layer"
         for states, n in self.parts:
             states.length += n
+
+    @property
+    def order(self) -> list[int]:
+        """The segments on their way, in the order of their rows."""
+        return self._order[: self._n_in]
+
+    def n_wanted(self, at: int) -> int:
+        return self._segments[at].n_wanted
+
+    def prune(self) -> bool:
+        """Go on with the wanted rows alone; ``False`` if that changes nothing."""
+        if not self.wants_some:
+            return False
+        self.x = self.x[self.wanted()]
+        self.deltas = AdapterRows.of([(segment.adapter, segment.n_wanted) for segment in self._segments])
+        self.is_pruned = True
+        return True
 
     @property
     def wanted_deltas(self) -> AdapterRows | None:
@@ -312,21 +348,25 @@ def _rope(config: Any) -> tuple[Tensor, float]:
     return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
-def _causal_mask(past: int, n: int, like: Tensor) -> Tensor | None:
-    """(n, past + n) for ``n`` new rows after ``past`` others; ``None`` where a kernel needs none."""
-    if n == 1 or past == 0:
-        return None
-    return torch.ones(n, past + n, dtype=torch.bool, device=like.device).tril_(past)
+def _attended(query: Tensor, places: Sequence[Place]) -> Tensor:
+    """Shapes: query (n, heads, head_dim), of the last n positions in ``places`` -> (n, heads * head_dim)."""
+    n, (keys, values) = len(query), places[-1]
+    if n == 1:
+        return attend(query, places[:-1], (keys, values))
+    before = keys.shape[1] - n
+    assert before >= 0, "what is new is the sequence's own"
+    past = (keys[:, :before], values[:, :before])
+    return attend(query, [*places[:-1], past], (keys[:, before:], values[:, before:]))
 
 
-def _layer(weights: Weights, prefix: str) -> _Layer:
+def _layer(weights: Weights, prefix: str, precision: str) -> _Layer:
     def linear(block: str, *names: str) -> Linear:
         """Several matrices of one input as one: their rows, one after another."""
         stems = [f"{prefix}{block}.{name}" for name in names]
         matrix = torch.cat([weights[stem + ".weight"] for stem in stems])
         biases = [weights[stem + ".bias"] for stem in stems if stem + ".bias" in weights]
         assert len(biases) in (0, len(stems)), f"{prefix}{block}: only some of {names} have a bias"
-        return Linear(matrix, torch.cat(biases) if biases else None)
+        return make_linear(matrix, torch.cat(biases) if biases else None, precision)
 
     return _Layer(
         # Clones, so that no small tensor keeps the whole file mapped.
