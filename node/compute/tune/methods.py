@@ -7,6 +7,7 @@ here names its layers, and methods that cannot be confined are refused with the 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,9 @@ def adapt(
     width = int(model.config.hidden_size)
     wish = _Wish(where, chosen, rank, alpha, seed, invocation, width, pattern)
     # PEFT starts weights from torch's global source; it is put back, whoever else uses it.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # On what PEFT cannot know here: BOFT's CUDA kernel, which a CPU does not need, and norms of ours.
+        warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
         try:
             return peft.get_peft_model(model, method.build(wish))
