@@ -1,1 +1,1 @@
-"""Slow, obvious versions of what must be fast; tests hold the fast ones against them."""
+"""Slow and obvious versions of fast code, to hold it against."""

@@ -1,0 +1,355 @@
+"""Rows of features as bytes, and back, with a certificate of what that cost.
+
+A layer's input cannot be rounded by one scale per tensor: the first token of a text (the attention sink)
+is 100 to 1000 times as long as the others, and a few channels dominate every row. So the first row stays
+raw, and every 64 numbers of the others have a minimum and a scale of their own:
+
+    raw    32 bits a number, exact
+    int8   8 bits, and 16 + 16 for each group of 64: 8.5 in all
+    int4   4 bits, groups as above, and 8 outlier channels of the entry in 16 bits: 4.72 at d = 576
+
+Minimum and scale are rounded to 16 bits *first* (outwards), then the codes are computed with the rounded
+ones. Half a scale is therefore a true bound of every number's error, known without decoding anything, and
+the certificate is made of these bounds. (Measured errors are about 0.58 of them, as rounding errors are
+spread evenly.)
+
+Only additions, multiplications and casts of whole blocks are used, each rounded as IEEE 754 says: an entry
+decodes to the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mesh.errors import ConfigError, DecodeError
+from node.compute.features.entry import (
+    CODE_BITS,
+    EXACT,
+    GROUP,
+    ROWS_MAX,
+    WIDTH_MAX,
+    Certificate,
+    Encoded,
+    Header,
+    Layout,
+)
+
+__all__ = ["CODECS", "Choice", "Codec", "choose_codec"]
+
+# Above this a number does not fit a 16-bit float with room for rounding outwards: its row stays raw.
+_LARGEST = 60_000.0
+# Rows worked on at once: scratch of 2.4 MB at d = 576 stays in the cache from one operation to the next,
+# while starting an operation on all threads (some 5 µs) is paid rarely. Measured for 64 to 4,096.
+_CHUNK_ROWS = 512
+# What arithmetic in float32 adds to half a scale, as a share of the largest number in the group.
+_FLOAT_SLACK = 2.0**-21
+_HALF_STEP = 2.0**-11  # a 16-bit float is at most this share off ...
+_HALF_TINY = 2.0**-25  # ... or this, where it is subnormal
+
+
+class Codec(Protocol):
+    """One way to write rows down. Stateless; the same rows give the same bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, x: Tensor, *, has_sink: bool = True) -> Encoded:
+        """Shapes: x (n, d) float32. ``has_sink``: row 0 is the first token of a text and stays raw.
+
+        Raises:
+            ValueError: A number is not finite, or the shape is none of ours.
+        """
+
+    def decode(self, encoded: Encoded, d: int, out: Tensor | None = None) -> Tensor:
+        """Shapes: (n, d) float32, written into ``out`` where given.
+
+        Raises:
+            DecodeError: The entry is damaged, of another codec, or of another width than ``d``.
+        """
+
+
+class _Raw:
+    name = "raw"
+
+    def encode(self, x: Tensor, *, has_sink: bool = True) -> Encoded:
+        x = _checked(x)
+        n, d = x.shape
+        if n and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):
+            raise ValueError(_NOT_FINITE)
+        header = Header(self.name, n, d, n, EXACT)
+        payload = bytearray(Layout.of(header).end)
+        payload[: len(header.write())] = header.write()
+        _view(payload, Layout.of(header).raw, torch.float32, (n, d)).copy_(x)
+        return Encoded(self.name, n, d, EXACT, payload)
+
+    def decode(self, encoded: Encoded, d: int, out: Tensor | None = None) -> Tensor:
+        header, payload = _opened(encoded, self.name, d)
+        rows = _view(payload, Layout.of(header).raw, torch.float32, (header.n, d))
+        return _room(out, header).copy_(rows)
+
+
+class _Grouped:
+    """int8 and int4: codes of ``bits`` bits."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bits = CODE_BITS[name]
+        self._top = 2**self._bits - 1
+
+    # ── to bytes ────────────────────────────────────────────────────────────────────────────────────
+
+    def encode(self, x: Tensor, *, has_sink: bool = True) -> Encoded:
+        x = _checked(x)
+        n, d = x.shape
+        lengths, is_small = _measured(x)
+        keep = is_small
+        if has_sink and n:
+            keep[0] = False
+        quantized = x[1:] if has_sink and bool(keep[1:].all()) else x if bool(keep.all()) else x[keep]
+        lengths = lengths[keep]
+        header = Header(self.name, n, d, n - len(quantized), EXACT)
+        layout = Layout.of(header)
+        payload = bytearray(layout.end)
+        if header.n_raw:
+            at = (~keep).nonzero()[:, 0]
+            _view(payload, layout.rows, torch.int32, (header.n_raw,)).copy_(at)
+            _view(payload, layout.raw, torch.float32, (header.n_raw, d)).copy_(x[at])
+        certificate = EXACT
+        if layout.n:
+            certificate = self._quantize(quantized, lengths, payload, layout)
+        written = Header(self.name, n, d, header.n_raw, certificate)
+        payload[: len(written.write())] = written.write()
+        return Encoded(self.name, n, d, certificate, payload)
+
+    def _quantize(self, x: Tensor, lengths: Tensor, payload: bytearray, layout: Layout) -> Certificate:
+        """Shapes: x (n, d), lengths (n,): of the rows. All of it finite and small."""
+        n, d = x.shape
+        groups, n_outliers = layout.groups, layout.n_outliers
+        width = groups * GROUP
+        minima = _view(payload, layout.minima, torch.float16, (n, groups))
+        scales = _view(payload, layout.scales, torch.float16, (n, groups))
+        codes = _view(payload, layout.codes, torch.uint8, (n, width * self._bits // 8))
+        squares = torch.zeros(n)  # of the length of each row's error, at most
+        max_error = 0.0
+        channels = None
+        if n_outliers:
+            channels = _outliers(x, n_outliers)
+            _view(payload, layout.channels, torch.int32, (n_outliers,)).copy_(channels)
+            outliers = _view(payload, layout.outliers, torch.float16, (n, n_outliers))
+            outliers.copy_(x[:, channels])
+            errors = x[:, channels].sub_(outliers).abs_()
+            max_error = float(errors.max())
+            squares += errors.square_().sum(1)
+        rows = min(n, _CHUNK_ROWS)
+        is_copied = n_outliers or width != d
+        copied = x.new_empty(rows, width) if is_copied else None
+        scratch, short = x.new_empty(rows, groups, GROUP), x.new_empty(rows, groups, GROUP, dtype=torch.int16)
+        bytes_ = x.new_empty(rows, groups, GROUP, dtype=torch.uint8) if self._bits == 4 else None
+        for start in range(0, n, rows):
+            here = slice(start, min(start + rows, n))
+            m = here.stop - here.start
+            block = x[here]
+            if copied is not None:
+                copied[:m, :d] = block
+                if channels is not None:
+                    copied[:m, channels] = 0.0  # they would stretch their groups' scales
+                copied[:m, d:] = copied[:m, d - 1 : d]  # nor shall what fills the last group up
+                block = copied[:m]
+            block = block.view(m, groups, GROUP)
+            low, scale = self._scales(block.amin(-1), block.amax(-1))
+            minima[here], scales[here] = low, scale
+            # floor(y + 1/2) by a cast that cuts off: y is never negative. The half is added to the minimum.
+            y = torch.sub(block, (low - 0.5 * scale)[..., None], out=scratch[:m])
+            y.mul_(scale.reciprocal()[..., None])
+            whole = short[:m].copy_(y)
+            if bytes_ is None:
+                codes[here].view(m, groups, GROUP).copy_(whole)
+            else:
+                pairs = bytes_[:m].copy_(whole)
+                high = pairs[..., GROUP // 2 :] << 4
+                torch.bitwise_or(pairs[..., : GROUP // 2], high, out=codes[here].view(m, groups, GROUP // 2))
+            errors = 0.5 * scale + _FLOAT_SLACK * (low.abs() + self._top * scale)
+            max_error = max(max_error, float(errors.max()))
+            squares[here] += errors.square_().sum(1).mul_(GROUP)
+        relative = squares.sqrt_() / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+        return Certificate(
+            max_error,
+            float(relative.double().mean()),
+            float(relative.quantile(0.99)) if n <= 1 << 20 else float(relative.max()),
+        )
+
+    def _scales(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and scale of each group, rounded to 16 bits so that no number falls outside.
+
+        Shapes: two of (rows, groups), float32 with values that 16 bits hold exactly.
+        """
+        low = (least - (least.abs() * _HALF_STEP + _HALF_TINY)).half().float()
+        scale = (most - low).div_(self._top)
+        scale = (scale + (scale * 2 * _HALF_STEP + _HALF_TINY)).half().float()
+        return low, scale
+
+    # ── and back ────────────────────────────────────────────────────────────────────────────────────
+
+    def decode(self, encoded: Encoded, d: int, out: Tensor | None = None) -> Tensor:
+        header, payload = _opened(encoded, self.name, d)
+        layout = Layout.of(header)
+        out = _room(out, header)
+        n, groups, n_outliers = layout.n, layout.groups, layout.n_outliers
+        width = groups * GROUP
+        at = _view(payload, layout.rows, torch.int32, (header.n_raw,)).long()
+        _check_ascending(at, header.n)
+        minima = _view(payload, layout.minima, torch.float16, (n, groups))
+        scales = _view(payload, layout.scales, torch.float16, (n, groups))
+        codes = _view(payload, layout.codes, torch.uint8, (n, width * self._bits // 8))
+        # Rows between two raw ones are decoded where they belong; usually there is one such stretch.
+        is_direct = header.n_raw == 0 or (header.n_raw == 1 and int(at[0]) == 0)
+        rows = out[header.n_raw :] if is_direct else out.new_empty(n, d)
+        self._dequantize(rows, minima.float(), scales.float(), codes, groups)
+        if n_outliers:
+            channels = _view(payload, layout.channels, torch.int32, (n_outliers,)).long()
+            _check_ascending(channels, d)
+            rows[:, channels] = _view(payload, layout.outliers, torch.float16, (n, n_outliers)).float()
+        if header.n_raw:
+            if not is_direct:
+                others = torch.ones(header.n, dtype=torch.bool)
+                others[at] = False
+                out[others] = rows
+            out[at] = _view(payload, layout.raw, torch.float32, (header.n_raw, d))
+        return out
+
+    def _dequantize(self, rows: Tensor, minima: Tensor, scales: Tensor, codes: Tensor, groups: int) -> None:
+        n, d = rows.shape
+        step = max(1, min(n, _CHUNK_ROWS))
+        is_direct = d == groups * GROUP and rows.is_contiguous()
+        scratch = None if is_direct else rows.new_empty(step, groups, GROUP)
+        for start in range(0, n, step):
+            here = slice(start, min(start + step, n))
+            m = here.stop - here.start
+            block = rows[here].view(m, groups, GROUP) if scratch is None else scratch[:m]
+            code = codes[here].view(m, groups, -1)
+            if self._bits == 8:
+                block.copy_(code)
+            else:
+                block[..., : GROUP // 2] = code & 15
+                block[..., GROUP // 2 :] = code >> 4
+            block.mul_(scales[here, :, None]).add_(minima[here, :, None])
+            if scratch is not None:
+                rows[here] = block.view(m, -1)[:, :d]
+
+
+CODECS: dict[str, Codec] = {"raw": _Raw(), "int8": _Grouped("int8"), "int4": _Grouped("int4")}
+
+
+# ── which one ───────────────────────────────────────────────────────────────────────────────────────
+
+# Certified error (99 of 100 rows) of hidden states of SmolLM2-135M at layers 22 to 28, rounded up; and the
+# share of the raw bytes that is left. ``tests.benchmarks.codec`` prints both.
+_USUAL_ERROR = {"raw": 0.0, "int8": 0.03, "int4": 0.25}
+_SHARE = {"raw": 1.0, "int8": 0.27, "int4": 0.15}
+# Other texts want their place in the cache, too: what takes less than this is no reason to round.
+_ROOMY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    codec: str
+    reason: str
+
+
+def choose_codec(error_bound: float, pressure: float) -> Choice:
+    """The codec for a task that accepts a relative error of ``error_bound`` in 99 of 100 rows (0: none).
+
+    ``pressure``: bytes that the features take raw, divided by the bytes the cache may hold.
+
+    Raises:
+        ConfigError: One of them is negative or no number.
+    """
+    if not (error_bound >= 0 and pressure >= 0):
+        raise ConfigError(f"an error bound and a cache pressure are 0 or more, not {error_bound}, {pressure}")
+    fitting = [name for name, usual in _USUAL_ERROR.items() if usual <= error_bound]
+    if fitting == ["raw"]:
+        why = f"int8 may be off by {_USUAL_ERROR['int8']:g}" if error_bound else "no error is accepted"
+        return Choice("raw", f"raw: an error of {error_bound:g} is accepted and {why}")
+    if pressure <= _ROOMY:
+        return Choice("raw", f"raw: takes {pressure:.0%} of the cache, so nothing is gained by rounding")
+    chosen = next((name for name in fitting if pressure * _SHARE[name] <= _ROOMY), fitting[-1])
+    return Choice(
+        chosen,
+        f"{chosen}: takes {pressure * _SHARE[chosen]:.0%} of the cache, raw would take {pressure:.0%}; "
+        f"off by about {_USUAL_ERROR[chosen]:g} where {error_bound:g} is accepted",
+    )
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────────
+
+_NOT_FINITE = "features with NaN or infinity are not kept: the model overflowed; use a wider precision"
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.ndim != 2 or x.dtype != torch.float32:
+        raise ValueError(f"features are (n, d) float32, not {tuple(x.shape)} {x.dtype}")
+    if x.shape[0] > ROWS_MAX or not 0 < x.shape[1] <= WIDTH_MAX:
+        raise ValueError(f"features of shape {tuple(x.shape)}: at most {ROWS_MAX} x {WIDTH_MAX}")
+    return x.detach().cpu().contiguous()
+
+
+def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of each row, and whether 16 bits hold its numbers. Shapes: two of (n,).
+
+    The length is infinite or NaN if and only if a number is, or if the row is absurdly long; it is at least
+    the largest number, so a short row has small numbers.
+    """
+    lengths = torch.linalg.vector_norm(x, dim=1)
+    is_small = lengths <= _LARGEST  # False for NaN
+    if not bool(is_small.all()):
+        suspects = x[~is_small]
+        if not bool(torch.isfinite(suspects).all()):
+            raise ValueError(_NOT_FINITE)
+    return lengths, is_small
+
+
+def _outliers(x: Tensor, n: int) -> Tensor:
+    """The channels with most energy, ascending. A sample of the rows tells: they are the same in all."""
+    every = max(1, len(x) // 256)
+    energy = x[::every].square().sum(0)
+    # A stable sort and no ``topk``, so that equal channels come out the same on every machine.
+    return energy.sort(descending=True, stable=True).indices[:n].sort().values
+
+
+def _opened(encoded: Encoded, name: str, d: int) -> tuple[Header, bytearray | memoryview]:
+    payload = encoded.payload
+    header = Header.read(payload)
+    promised = Layout.of(header).end
+    if len(memoryview(payload)) != promised:
+        raise DecodeError(f"feature entry of {len(memoryview(payload))} bytes instead of {promised}")
+    if header.codec != name:
+        raise DecodeError(f"feature entry of codec {header.codec} given to {name}")
+    if header.d != d:
+        raise DecodeError(f"feature entry of width {header.d} where {d} was asked for")
+    # torch has no tensors that cannot be written to; this copy is of the small form.
+    return header, bytearray(payload) if memoryview(payload).readonly else payload  # type: ignore[return-value]
+
+
+def _room(out: Tensor | None, header: Header) -> Tensor:
+    if out is None:
+        return torch.empty(header.n, header.d)
+    assert out.shape == (header.n, header.d) and out.dtype == torch.float32, "decoding into another shape"
+    return out
+
+
+def _view(payload: bytearray | memoryview, at: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(payload, dtype=dtype, count=count, offset=at).view(shape)
+
+
+def _check_ascending(at: Tensor, end: int) -> None:
+    if len(at) and not (int(at[0]) >= 0 and int(at[-1]) < end and bool((at[1:] > at[:-1]).all())):
+        raise DecodeError("feature entry whose rows or channels are out of order")

@@ -1,0 +1,128 @@
+"""Many small entries in one file: an index, then the entries, each with its digest.
+
+    magic, version, number of entries │ (key, digest, size, seconds) of each │ digest of all before │ entries
+
+A file appears whole (written beside, synced, renamed) and never changes afterwards, so processes that share
+a directory need no lock: what one of them removes is a miss to the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.errors import DecodeError
+from node.compute.features.key import KEY_BYTES
+
+__all__ = ["ENTRIES_MAX", "SUFFIX", "Place", "entry_digest", "read_entries", "read_index", "write_pack"]
+
+SUFFIX = ".pack"
+ENTRIES_MAX = 1 << 16
+"""In one pack; a hostile index is refused before more than 4 MB of it are read."""
+
+_MAGIC, _VERSION = b"EMFP", 1
+_HEAD = struct.Struct("<4sHxxI")
+_DIGEST_BYTES = 16
+_ENTRY = struct.Struct(f"<{KEY_BYTES}s{_DIGEST_BYTES}sIf")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an entry lies in its pack."""
+
+    start: int
+    n_bytes: int
+    digest: bytes
+    recompute_s: float
+    """What it took to make."""
+
+
+def entry_digest(payload: bytes | bytearray | memoryview) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
+
+
+def write_pack(
+    directory: Path, entries: Mapping[bytes, tuple[bytes | bytearray | memoryview, float]]
+) -> tuple[Path, dict[bytes, Place]]:
+    """A new pack of ``entries``: key -> (payload, seconds it took to make).
+
+    Raises:
+        OSError: The disk is full, or the directory cannot be written; nothing is left behind then.
+    """
+    assert 0 < len(entries) <= ENTRIES_MAX, "the store cuts batches"
+    index = bytearray(_HEAD.pack(_MAGIC, _VERSION, len(entries)))
+    places = {}
+    start = _HEAD.size + _ENTRY.size * len(entries) + _DIGEST_BYTES
+    for key, (payload, recompute_s) in entries.items():
+        n_bytes, digest = len(memoryview(payload)), entry_digest(payload)
+        index += _ENTRY.pack(key, digest, n_bytes, recompute_s)
+        places[key] = Place(start, n_bytes, digest, recompute_s)
+        start += n_bytes
+    index += entry_digest(index)
+    name = secrets.token_hex(12)
+    path, partial = directory / f"{name}{SUFFIX}", directory / f".{name}.{os.getpid()}.partial"
+    try:
+        with partial.open("xb") as file:
+            file.write(index)
+            for payload, _ in entries.values():
+                file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return path, places
+
+
+def read_index(path: Path) -> dict[bytes, Place]:
+    """What is in a pack, without reading the entries.
+
+    Raises:
+        OSError: It is gone.
+        DecodeError: It is damaged; ``path`` should be removed.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            raise DecodeError(f"{path.name} is shorter than its header")
+        magic, version, n = _HEAD.unpack(head)
+        if magic != _MAGIC or version != _VERSION or not 0 < n <= ENTRIES_MAX:
+            raise DecodeError(f"{path.name} is no feature pack of this version")
+        listing = file.read(_ENTRY.size * n)
+        if len(listing) < _ENTRY.size * n or not _is(file.read(_DIGEST_BYTES), head + listing):
+            raise DecodeError(f"the index of {path.name} is damaged")
+    places = {}
+    start = _HEAD.size + _ENTRY.size * n + _DIGEST_BYTES
+    for key, digest, n_bytes, recompute_s in _ENTRY.iter_unpack(listing):
+        places[key] = Place(start, n_bytes, digest, recompute_s)
+        start += n_bytes
+    if start != size:
+        raise DecodeError(f"{path.name} has {size} bytes instead of {start}")
+    return places
+
+
+def read_entries(path: Path, places: Sequence[Place]) -> Iterator[bytearray]:
+    """The payloads at ``places``, in their order, each held against its digest.
+
+    Raises:
+        OSError: The pack is gone, or cannot be read.
+        DecodeError: An entry is not what was written; ``path`` should be removed.
+    """
+    with path.open("rb") as file:
+        for place in places:
+            payload = bytearray(place.n_bytes)
+            file.seek(place.start)
+            if file.readinto(payload) != place.n_bytes or not _is(place.digest, payload):
+                raise DecodeError(f"an entry of {path.name} is damaged")
+            yield payload
+
+
+def _is(digest: bytes, content: bytes | bytearray) -> bool:
+    return digest == entry_digest(content)
