@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from node.compute.adapters.card import Card, digest_of, write_card
 from node.compute.adapters.facts import BackboneFacts
 from node.compute.adapters.files import load_adapter
+from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Segment
 from node.compute.backbone.load import load_backbone
 from tests.reference.made_adapters import N_LAYERS, VOCABULARY, make_adapter, make_model, peft_logits
@@ -132,3 +135,216 @@ def test_every_kind_gives_the_logits_of_transformers_and_peft(kind: str, model: 
     assert difference(base, expected) > 3e-3, "an adapter without effect would prove nothing"
     assert difference(ours, expected) <= 1e-4
     assert adapter.first_layer == first_layer
+
+
+class TestActivated:
+    """PEFT's activated LoRA: what stands before the invocation is everybody's."""
+
+    TOKENS: ClassVar = [7, 8]
+
+    @pytest.fixture(scope="class")
+    def directory(self, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        config = peft.LoraConfig(**LORA, target_modules=QV, alora_invocation_tokens=self.TOKENS)
+        return make_adapter(tmp_path_factory.mktemp("alora") / "a", llama, config, size=0.3)
+
+    def test_gives_the_logits_of_peft_and_shares_its_prefix(self, llama: Path, directory: Path) -> None:
+        ids = [*token_ids(9), *self.TOKENS, *token_ids(4, 6), *self.TOKENS, *token_ids(8, 7)]
+        backbone, adapter = load_backbone(llama), load_adapter(directory, BackboneFacts.of(llama))
+        start = adapter.active_from(ids)
+        assert start == 15
+        states, plain = backbone.states(len(ids)), backbone.states(len(ids))
+        parts = [Segment(states, ids[:start], n_wanted=start)]
+        rows = [backbone.forward(parts).rows]
+        rows.append(backbone.forward([Segment(states, ids[start:], adapter, n_wanted=len(ids) - start)]).rows)
+        ours = backbone.logits(torch.cat(rows))
+        expected = peft_logits(llama, directory, ids)
+        assert difference(ours, expected) <= 1e-4
+        assert difference(peft_logits(llama, None, ids)[start:], expected[start:]) > 1e-2
+        backbone.forward([Segment(plain, ids[:start])])
+        for mine, base in zip(states.block(0, start, N_LAYERS), plain.block(0, start, N_LAYERS), strict=True):
+            assert torch.equal(mine, base)
+
+    def test_stays_off_where_the_prompt_does_not_call_it(self, llama: Path, directory: Path) -> None:
+        ids = [1, 2, 3, 8, 7]
+        adapter = load_adapter(directory, BackboneFacts.of(llama))
+        assert adapter.active_from(ids) == len(ids)
+        assert torch.equal(peft_logits(llama, directory, ids), peft_logits(llama, None, ids))
+
+
+class TestClassifiers:
+    @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+    def test_give_the_logits_of_transformers_and_peft(self, kind: str, llama: Path, tmp_path: Path) -> None:
+        common: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        config = {
+            "lora": lambda: peft.LoraConfig(**common, r=4, target_modules=ALL, **TOP),
+            "dora": lambda: peft.LoraConfig(**common, r=4, target_modules=ALL, use_dora=True),
+            "ia3": lambda: peft.IA3Config(**common, target_modules=["k_proj"], feedforward_modules=[]),
+        }[kind]()
+        directory = make_adapter(tmp_path / "a", llama, config, n_labels=3)
+        adapter = load_adapter(directory, BackboneFacts.of(llama))
+        assert adapter.head is not None and adapter.head.labels == ("0", "1", "2")
+        backbone, ids = load_backbone(llama), token_ids(19)
+        rows = backbone.forward([Segment(backbone.states(19), ids, adapter)]).rows
+        assert (
+            difference(adapter.head.logits(rows)[0], peft_logits(llama, directory, ids, n_labels=3)) <= 1e-4
+        )
+
+    def test_labels_have_the_names_of_the_card(self, llama: Path, tmp_path: Path) -> None:
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=QV, modules_to_save=["score"])
+        directory = make_adapter(tmp_path / "a", llama, config, n_labels=2)
+        card = Card(
+            name="a", digest=digest_of(directory), method="lora", task="classify", first_layer=0,
+            top_layers=N_LAYERS, labels=("no", "yes"),
+        )  # fmt: skip
+        write_card(directory, card)
+        head = load_adapter(directory, BackboneFacts.of(llama)).head
+        assert head is not None and head.labels == ("no", "yes")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def many(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Adapters of several kinds, cuts and ranks, and none."""
+    kinds = [
+        "lora on q and v", "lora with ranks and alphas by pattern", "dora", "ia3", "lokr", "ln_tuning",
+        "lora on the head", "lora on every linear module of the top", "vera",
+    ]  # fmt: skip
+    shelf = tmp_path_factory.mktemp("many")
+    facts = BackboneFacts.of(llama)
+    found: list[Any] = [None]
+    for at, kind in enumerate([*kinds, "lora on q and v"]):
+        directory = make_adapter(shelf / f"a{at}", llama, METHODS[kind][0], seed=at, size=0.3)
+        found.append(load_adapter(directory, facts))
+    return found
+
+
+class Sequence:
+    """Greedy decoding by hand: a prompt, then one token after another."""
+
+    def __init__(self, backbone: Any, adapter: Any, prompt: list[int]) -> None:
+        self.states, self.adapter = backbone.states(128), adapter
+        self.next, self.tokens = prompt, list[int]()
+
+    def segment(self) -> Segment:
+        return Segment(self.states, self.next, self.adapter)
+
+    def take(self, logits: torch.Tensor) -> None:
+        self.tokens.append(int(logits.argmax()))
+        self.next = self.tokens[-1:]
+
+
+def step(backbone: Any, sequences: list[Sequence]) -> torch.Tensor:
+    rows = backbone.forward([sequence.segment() for sequence in sequences]).rows
+    logits: torch.Tensor = backbone.logits(rows, [sequence.adapter for sequence in sequences])
+    for sequence, mine in zip(sequences, logits, strict=True):
+        sequence.take(mine)
+    return logits
+
+
+def alone(backbone: Any, adapter: Any, prompt: list[int], n: int) -> list[int]:
+    sequence = Sequence(backbone, adapter, prompt)
+    for _ in range(n):
+        step(backbone, [sequence])
+    return sequence.tokens
+
+
+class TestManyAtOnce:
+    def test_each_answer_is_that_of_its_adapter_alone(self, llama: Path, many: list[Any]) -> None:
+        """Prompts and single tokens, several kinds, some adapters twice, in one pass."""
+        backbone = load_backbone(llama)
+        mix = [*many, *many[1:5], None]
+        prompts = [token_ids(3 + 2 * at, at) for at in range(len(mix))]
+        sequences = [Sequence(backbone, a, p) for a, p in zip(mix, prompts, strict=True)]
+        for _ in range(12):
+            step(backbone, sequences)
+        for sequence, adapter, prompt in zip(sequences, mix, prompts, strict=True):
+            assert sequence.tokens == alone(backbone, adapter, prompt, 12)
+        assert len({tuple(alone(backbone, adapter, prompts[0], 12)) for adapter in many}) > 6
+
+    def test_sequences_join_and_leave_without_a_trace(self, llama: Path, many: list[Any]) -> None:
+        backbone = load_backbone(llama)
+        prompts = [token_ids(4 + at, at) for at in range(len(many))]
+        sequences = [Sequence(backbone, a, p) for a, p in zip(many, prompts, strict=True)]
+        for now in range(10 + len(many)):
+            running = [s for at, s in enumerate(sequences) if at <= now and len(s.tokens) < 8]
+            step(backbone, running[::-1] if now % 2 else running)
+        for sequence, adapter, prompt in zip(sequences, many, prompts, strict=True):
+            assert sequence.tokens == alone(backbone, adapter, prompt, 8)
+
+    def test_equal_prompts_of_two_adapters_never_see_each_others_state(
+        self, llama: Path, many: list[Any]
+    ) -> None:
+        """What llama.cpp #26207 gets wrong: the second answers from the first one's states."""
+        backbone, prompt = load_backbone(llama), token_ids(16)
+        pairs = [Sequence(backbone, many[1], prompt), Sequence(backbone, many[10], prompt)]
+        base = Sequence(backbone, None, prompt)
+        for _ in range(8):
+            step(backbone, [*pairs, base])
+        answers = [alone(load_backbone(llama), adapter, prompt, 8) for adapter in (many[1], many[10], None)]
+        assert [s.tokens for s in (*pairs, base)] == answers
+        states = [s.states.block(0, 16, N_LAYERS)[1] for s in (*pairs, base)]
+        assert not torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+    def test_a_replaced_adapter_finishes_what_it_began(
+        self, llama: Path, many: list[Any], tmp_path: Path
+    ) -> None:
+        backbone, prompt = load_backbone(llama), token_ids(10)
+        for seed in (1, 2):
+            made = make_adapter(tmp_path / f"v{seed}", llama, METHODS["dora"][0], seed=seed, size=0.3)
+            made.rename(tmp_path / f"version{seed}")
+        (tmp_path / "shelf").mkdir()
+        (tmp_path / "version1").rename(tmp_path / "shelf" / "a")
+        shelf = Shelf(tmp_path / "shelf", BackboneFacts.of(llama), 1 << 30)
+        old = Sequence(backbone, shelf.pin("a"), prompt)
+        step(backbone, [old])
+        (tmp_path / "shelf" / "a").rename(tmp_path / "gone")
+        (tmp_path / "version2").rename(tmp_path / "shelf" / "a")
+        new = Sequence(backbone, shelf.pin("a"), prompt)
+        for _ in range(7):
+            step(backbone, [old, new])
+        assert old.tokens == alone(backbone, old.adapter, prompt, 8)
+        assert new.tokens == alone(backbone, new.adapter, prompt, 7) != old.tokens[:7]
+
+    def test_rows_that_enter_at_the_cut_give_the_same_answer(self, llama: Path, many: list[Any]) -> None:
+        backbone, ids = load_backbone(llama), token_ids(20)
+        adapter = next(a for a in many if a is not None and a.first_layer == 3)
+        whole = our_logits(backbone, adapter, ids, piece=20)
+        states = backbone.states(20)
+        features = backbone.features([Segment(states, ids)], 3)
+        states.length = 0
+        rows = backbone.forward([Segment(states, ids, adapter, hidden=features, enters=3, n_wanted=20)]).rows
+        assert difference(backbone.logits(rows), whole) <= 1e-5
+
+    def test_features_above_an_adapters_first_layer_are_refused(self, llama: Path, many: list[Any]) -> None:
+        backbone = load_backbone(llama)
+        adapter = next(a for a in many if a is not None and a.first_layer == 3)
+        segment = Segment(backbone.states(4), [1, 2], adapter, hidden=torch.zeros(2, 64), enters=4)
+        with pytest.raises(AssertionError, match="above its first layer"):
+            backbone.forward([segment])
+
+
+def test_adalora_after_its_ranks_were_pruned(llama: Path, tmp_path: Path) -> None:
+    """PEFT keeps dividing by the rank it started from."""
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=QV, init_r=6, target_r=3, total_step=30, tinit=2, tfinal=10,
+        deltaT=1, lora_alpha=30,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ids = torch.tensor([token_ids(24)])
+        for at in range(31):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(at)
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a", BackboneFacts.of(llama))
+    assert {up.b.shape[1] for delta in adapter.deltas.values() for up in delta.ups} != {6}
+    expected = peft_logits(llama, tmp_path / "a", token_ids(22))
+    assert difference(our_logits(load_backbone(llama), adapter, token_ids(22)), expected) <= 1e-4
