@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from node.compute.backbone.contract import Pass, Segment
 from node.compute.backbone.deltas import Adapter
+from node.compute.backbone.linear import compute_dtype, numerics
 from node.compute.backbone.llama import CONTEXT_TOKENS_MAX
 
 __all__ = ["GenericBackbone"]
@@ -25,10 +26,16 @@ class _GenericStates:
 class GenericBackbone:
     """Whatever ``transformers`` can load; correct, and slower than our own pass."""
 
-    def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, device: str, precision: str) -> None:
         self.device = device
+        self.precision = precision
+        self.numerics = numerics(precision, device)
         self._model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            directory,
+            dtype=compute_dtype(precision),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         self._model.to(device).eval()
         longest = getattr(self._model.config, "max_position_embeddings", None) or CONTEXT_TOKENS_MAX
@@ -37,8 +44,7 @@ class GenericBackbone:
         self._head = self._model.get_output_embeddings()
         self.n_layers: int = self._model.config.get_text_config().num_hidden_layers
         self.width: int = self._model.config.get_text_config().hidden_size
-        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        self.weight_bytes = sum(p.nbytes for p in self._model.parameters())
+        self.weight_bytes = self.held_bytes = sum(p.nbytes for p in self._model.parameters())
 
     def states(self, capacity: int) -> _GenericStates:
         return _GenericStates()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from mesh.errors import ConfigError
 from node.compute.backbone.contract import Backbone
 from node.compute.backbone.generic import GenericBackbone
 from node.compute.backbone.llama import LlamaBackbone
@@ -21,9 +22,18 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_backbone(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """The weights in ``directory``, by our own pass where it fits the architecture."""
+def load_backbone(directory: Path, device: str = "cpu", precision: str = "fp32") -> Backbone:
+    """The weights in ``directory``, by our own pass where it fits the architecture.
+
+    Raises:
+        ConfigError: The architecture is computed by ``transformers``, which has no such weights.
+    """
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if LlamaBackbone.can_run(config):
-        return LlamaBackbone(directory, config, device, dtype)
-    return GenericBackbone(directory, device, dtype)
+        return LlamaBackbone(directory, config, device, precision)
+    if precision in ("int8", "int4"):
+        raise ConfigError(
+            f"{config.model_type} models have no {precision} weights here, only the Llama family has "
+            "(Llama, Mistral, Qwen2): choose --precision fp32 or bf16"
+        )
+    return GenericBackbone(directory, device, precision)
