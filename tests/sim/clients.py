@@ -9,7 +9,7 @@ from typing import Any
 
 from mesh import topics
 from mesh.ids import TaskId
-from mesh.messages import CancelTask, NodeState, Submit, TaskReply, TaskResult, TaskStatus
+from mesh.messages import CancelTask, NodeState, Submit, TaskReply, TaskResult, TaskStatus, TuneSpec
 from tests.sim.history import ClientHeard, Entry
 from tests.sim.network import BACKOFF_S, SITE, Broker, Connection
 from tests.sim.world import World
@@ -17,6 +17,7 @@ from tests.sim.world import World
 __all__ = ["Asked", "SimClient", "clients_of"]
 
 ASK_AGAIN_S = 1.5
+TUNE_EVERY = 5
 
 
 @dataclass(slots=True)
@@ -92,9 +93,12 @@ class SimClient:
         """Submit ``n_tasks`` at random moments; some get a deadline, some are cancelled."""
         for index in range(n_tasks):
             rng = self._rng
+            work: dict[str, Any] = {"prompt": f"task {index}"}
+            if index % TUNE_EVERY == 3:
+                work = {"kind": "tune", "tune": TuneSpec(adapter=f"{self.name}-{index}", data="{}")}
             submit = Submit(
                 id=TaskId(f"{self.name}-{index}"),
-                prompt=f"task {index}",
+                **work,
                 deadline_s=rng.uniform(2, 30) if rng.random() < 0.25 else None,
                 reply_to=self._reply_to if rng.random() < 0.3 else None,
             )

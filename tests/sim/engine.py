@@ -11,6 +11,7 @@ from typing import Any
 
 from coordinator.facts import (
     AttemptFinished,
+    AttemptProgress,
     AttemptText,
     DrainChanged,
     EngineLost,
@@ -20,7 +21,7 @@ from coordinator.facts import (
 )
 from mesh.core import Fact
 from mesh.facts import OwnInfo, OwnReport
-from mesh.messages import Assign, NodeInfo, NodeReport, Outcome
+from mesh.messages import AdapterCard, Assign, NodeInfo, NodeReport, Outcome, Output, TaskProgress
 from tests.sim.world import Life
 
 __all__ = ["MODEL", "EngineShell", "info_of"]
@@ -125,7 +126,12 @@ class EngineShell:
         life.world.queue.after(REPORT_EVERY_S, self._report, life)
 
     def _text(self, life: Life, assign: Assign) -> None:
-        if self._is_running(life, assign):
+        if not self._is_running(life, assign):
+            return
+        if assign.submit.kind == "tune":
+            at = TaskProgress(task=assign.task, attempt=assign.attempt, seq=0, phase="training", fraction=0.5)
+            life.learn(AttemptProgress(at))
+        else:
             life.learn(AttemptText(assign.task, assign.attempt, "...", 1))
 
     def _finish(self, life: Life, assign: Assign, state: Any) -> None:
@@ -143,6 +149,7 @@ class EngineShell:
             n_tokens=1,
             queue_s=assign.queue_s,
             service_s=self._service_s,
+            output=_trained(assign, life.boot) if state == "done" and assign.submit.kind == "tune" else None,
         )
         if state == "done" and self._rng.random() < self._failure_p:
             outcome = replace(
@@ -157,6 +164,15 @@ class EngineShell:
             and engine is not None
             and engine.running.get((assign.task, assign.attempt)) == assign
         )
+
+
+def _trained(assign: Assign, boot: str) -> Output:
+    assert assign.submit.tune is not None
+    name, digest = assign.submit.tune.adapter, f"{boot}/{assign.attempt}"
+    card = AdapterCard(
+        name=name, digest=digest, method="lora", top_layers=1, first_layer=3, bytes=9, task="classify"
+    )
+    return Output(adapter=card)
 
 
 def _report_of(node: str, engine: _Engine) -> NodeReport:
