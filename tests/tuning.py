@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mesh.messages import TuneSpec
-from node.compute.backbone.contract import Segment
+from node.compute.backbone.contract import Backbone
 from node.compute.backbone.load import load_backbone
+from node.compute.features.shape import Numerics, prove
+from node.compute.features.store import FeatureStore, LocalStore
 from node.compute.tune.job import TuneJob
+from node.compute.tune.source import FeatureSource
 
-__all__ = ["PlainMaps", "chat_lines", "class_lines", "completion_lines", "job", "run", "spec"]
+__all__ = ["chat_lines", "class_lines", "completion_lines", "job", "memory", "run", "source", "spec"]
 
 
-class PlainMaps:
-    """The slow reference: every text alone through the frozen layers, each time anew."""
+def source(model: Path, store: FeatureStore, *, holds_all: bool = True) -> FeatureSource:
+    """Feature maps of ``model``; one that does not hold all its layers has no backbone to make any."""
+    backbone, numerics = _loaded(model)
+    return FeatureSource(
+        backbone=backbone if holds_all else None,
+        store=store,
+        backbone_digest="f" * 64,
+        tokenizer_digest="t",
+        numerics=numerics,
+        precision=backbone.precision,
+        store_bytes=1 << 24,
+    )
 
-    def __init__(self, directory: Path, cut: int) -> None:
-        self._backbone = load_backbone(directory)
-        self._cut = cut
-        self.hits = self.misses = 0
 
-    def read(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        self.misses += len(ids)
-        return [self._one(list(text)) for text in ids]
+@lru_cache(maxsize=2)
+def _loaded(model: Path) -> tuple[Backbone, Numerics]:
+    backbone = load_backbone(model)
+    return backbone, prove(backbone)
 
-    def _one(self, text: list[int]) -> Tensor:
-        segment = Segment(self._backbone.states(len(text)), text)
-        return torch.Tensor(self._backbone.features([segment], self._cut).clone())
+
+def memory() -> LocalStore:
+    return LocalStore(None, 1 << 24, 0)
 
 
 def class_lines(n: int = 48, seed: int = 0, classes: int = 3) -> str:
@@ -87,16 +94,17 @@ def spec(**changes: Any) -> TuneSpec:
 
 def job(model: Path, work: Path, wish: TuneSpec, **changes: Any) -> TuneJob:
     """A job with its shelf and checkpoints in ``work``."""
-    maps: Callable[[int, float], Any] = lambda cut, error: PlainMaps(model, cut)  # noqa: E731
     arguments: dict[str, Any] = {
         "directory": model,
         "digest": "f" * 64,
         "shelf_dir": work / "shelf",
         "checkpoint_dir": work / "checkpoints",
-        "maps_factory": maps,
+        "maps_factory": None,
         "threads": 1,
         **changes,
     }
+    if arguments["maps_factory"] is None:
+        arguments["maps_factory"] = source(model, memory())
     return TuneJob(wish, **arguments)
 
 

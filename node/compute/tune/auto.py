@@ -68,7 +68,8 @@ class Choice:
 
 
 class Trial:
-    """``trainer`` makes one for a cut, examples, a source of feature maps and a recipe.
+    """``trainer`` makes one for a cut, examples, a source of feature maps and a recipe; ``prepare`` is what a
+    job does with it before the first step.
 
     ``fits`` says whether training so many layers has room in memory. ``left_s``: seconds to the deadline.
     """
@@ -81,6 +82,7 @@ class Trial:
         examples: Sequence[Example],
         maps_factory: Callable[[int], _Maps],
         trainer: Callable[[int, Sequence[Example], Read, Recipe], Trainer],
+        prepare: Callable[[Trainer, Sequence[Example]], Generator[None, None, None]],
         recipe: Recipe,
         left_s: float | None,
         fits: Callable[[int], bool],
@@ -92,6 +94,7 @@ class Trial:
         self._examples = examples
         self._maps_factory = maps_factory
         self._trainer = trainer
+        self._prepare = prepare
         self._recipe = recipe
         self._left_s = left_s
         self._fits = fits
@@ -122,6 +125,7 @@ class Trial:
             trainer = self._trainer(
                 cut, learned, _Above(TopPass(model, lowest), lowest, cut, maps), self._trial_recipe()
             )
+            yield from self._timed(self._prepare(trainer, learned), f"trying {k} layers")
             start_s = self._spent_s
             while trainer.step < trainer.n_steps:
                 yield from self._timed(trainer.take_step(), f"trying {k} layers")
@@ -132,7 +136,7 @@ class Trial:
             found.append(Measured(k, judgement.loss, judgement.loss_error, judgement.accuracy, whole_s))
             if self._is_enough(found, candidates):
                 break
-        left_s = None if self._left_s is None else self._left_s - self._spent_s
+        left_s = None if self._left_s is None else max(0.0, self._left_s - self._spent_s)
         self.choice = decide(found, self._n_layers, left_s, is_classifier=self._is_classifier)
 
     def _slice(self) -> tuple[list[Example], list[Example]]:

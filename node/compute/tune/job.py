@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,24 +24,27 @@ from mesh.errors import ConfigError
 from mesh.ids import TaskId
 from mesh.messages import AdapterCard, TaskProgress, TuneSpec
 from node.compute.adapters.card import Card, digest_of, read_card, write_card
+from node.compute.features.maps import FeatureMaps
 from node.compute.tune import auto
 from node.compute.tune.batches import Example, TuneTokens, encoded, rows_per_piece
 from node.compute.tune.checkpoint import Checkpoints
+from node.compute.tune.head_start import ROWS_MAX as HEAD_TEXTS_MAX
+from node.compute.tune.head_start import fit_head
 from node.compute.tune.identity import spec_digest
 from node.compute.tune.methods import adapt, check_method
 from node.compute.tune.records import Records, read_file, read_records, same_labels
+from node.compute.tune.source import MapsFactory
 from node.compute.tune.sync import replace_directory
 from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes
 from node.compute.tune.trainer import Recipe, Trainer
 from node.profile import memory_free_bytes
 
-__all__ = ["Maps", "MapsFactory", "Phase", "Snapshot", "TuneEvent", "TuneJob"]
+__all__ = ["Phase", "Snapshot", "TuneEvent", "TuneJob"]
 
 _log = logging.getLogger(__name__)
 
 Phase = Literal["reading", "features", "choosing", "training", "saving"]
 
-_CHUNK_S = 0.25
 _CHECKPOINT_S = 10.0
 # Tokenizing a text takes a tenth of a millisecond to a few milliseconds.
 _TEXTS_PER_LOOK = 16
@@ -49,20 +52,6 @@ _TEXTS_PER_LOOK = 16
 _MEMORY_MARGIN_BYTES = 100_000_000
 # Backward costs twice as much as forward, and only the forward pass goes through the layers below.
 _TRAINING_COST = 3.0
-
-
-class Maps(Protocol):
-    """Feature maps at one cut: found, or computed and kept (``node.compute.features``)."""
-
-    hits: int
-    misses: int
-
-    def read(self, ids: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-        """(T_i, d) for each list of tokens, in float32, entering the cut."""
-
-
-MapsFactory = Callable[[int, float], Maps]
-"""From the cut and the error accepted in feature maps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +101,8 @@ class _Place:
     """Sums are split among threads, so their number is part of what gives the same bits."""
     top_layers: int
     why: str
+    codec: str
+    """Of the feature maps; one run never mixes two."""
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> _Place | None:
@@ -124,6 +115,7 @@ class _Place:
                 threads=int(found["threads"]),
                 top_layers=int(found["top_layers"]),
                 why=str(found["why"]),
+                codec=str(found["codec"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             _log.warning("the checkpoint does not say where the job was (%s); starting over", error)
@@ -237,7 +229,7 @@ class TuneJob:
             self._tell(why)
         cut = check_cut(self._config, top_layers)
         self._check_memory(top_layers)
-        maps = self._maps_factory(cut, spec.feature_error)
+        maps = self._maps(cut, [*examples, *evaluation], place.codec if place is not None else None)
         trainer = self._trainer(cut, examples, maps.read, len(records.labels), invocation, self._recipe())
         yield
         metrics: list[float] = []
@@ -248,9 +240,13 @@ class TuneJob:
             except ValueError as error:
                 self._tell(f"the checkpoint does not fit ({error}); starting over")
         self._progress_of(trainer, maps, metrics, why, phase="features")
-        if trainer.step < trainer.n_steps:
-            yield from self._features(maps, [*examples, *evaluation], trainer, why)
-        yield from self._train(trainer, maps, evaluation, metrics, checkpoints, why)
+        texts = list(dict.fromkeys(example.ids for example in [*examples, *evaluation]))
+        with maps.pinned(texts):
+            if trainer.step < trainer.n_steps:
+                yield from self._features(maps, texts, trainer, why)
+            if trainer.step == 0:
+                yield from self._start_head(trainer, examples, len(records.labels))
+            yield from self._train(trainer, maps, evaluation, metrics, checkpoints, why)
         self._progress_of(trainer, maps, metrics, why, phase="saving")
         yield
         self._save(trainer, own, cut, records, metrics)
@@ -295,10 +291,11 @@ class TuneJob:
             base=lambda cut: load_top(self._directory, cut, self._kind, n_labels),
             n_layers=n_layers,
             examples=examples,
-            maps_factory=lambda cut: self._maps_factory(cut, self.spec.feature_error),
+            maps_factory=lambda cut: self._maps(cut, examples, None),
             trainer=lambda cut, chosen, read, recipe: self._trainer(
                 cut, chosen, read, n_labels, invocation, recipe
             ),
+            prepare=lambda trainer, chosen: self._start_head(trainer, chosen, n_labels),
             recipe=self._recipe(),
             left_s=None if self._deadline_at is None else self._deadline_at - self._clock(),
             fits=lambda k: self._training_bytes(k) <= self._memory_free(),
@@ -311,38 +308,44 @@ class TuneJob:
         assert trial.choice is not None
         return trial.choice
 
+    def _maps(self, cut: int, examples: Sequence[Example], codec: str | None) -> FeatureMaps:
+        n_bytes = 4 * self._config.hidden_size * sum(len(example.ids) for example in examples)
+        return self._maps_factory(cut, error=self.spec.feature_error, n_bytes=n_bytes, codec=codec)
+
     def _features(
-        self, maps: Maps, examples: Sequence[Example], trainer: Trainer, why: str
+        self, maps: FeatureMaps, texts: Sequence[tuple[int, ...]], trainer: Trainer, why: str
     ) -> Iterator[None]:
-        """Every map once, in chunks of about ``_CHUNK_S``; training finds them afterwards."""
-        wanted = list(dict.fromkeys(example.ids for example in examples))
-        n_tokens = sum(map(len, wanted))
-        done, at, pace_s = 0, 0, 0.0
+        """Every map once, a pass at a time; training finds them afterwards."""
+        reading = maps.reading(texts, keep=False)
+        share = self._features_share(trainer)
         started_at = self._clock()
-        while at < len(wanted):
-            several = [wanted[at]]
-            budget = _CHUNK_S / pace_s if pace_s else 0.0
-            while at + len(several) < len(wanted) and sum(map(len, several)) < budget:
-                several.append(wanted[at + len(several)])
-            before = self._clock()
-            maps.read(several)
-            n = sum(map(len, several))
-            pace_s = max((self._clock() - before) / n, 1e-7)
-            at, done = at + len(several), done + n
-            share = self._features_share(trainer)
-            spent_s = self._clock() - started_at
-            eta_s = spent_s * (n_tokens / done - 1) + spent_s * n_tokens / done * (1 - share) / max(
-                share, 1e-9
-            )
+        while not reading.step():
+            spent_s, done = self._clock() - started_at, max(reading.fraction, 1e-9)
+            eta_s = spent_s / done * (1 - done) + spent_s / done * (1 - share) / max(share, 1e-9)
             self._progress_of(
-                trainer, maps, [], why, phase="features", fraction=share * done / n_tokens, eta_s=eta_s
+                trainer, maps, [], why, phase="features", fraction=share * reading.fraction, eta_s=eta_s
             )
             yield
+
+    def _start_head(
+        self, trainer: Trainer, examples: Sequence[Example], n_labels: int
+    ) -> Generator[None, None, None]:
+        """The head as regression gives it, from rows of the frozen model."""
+        if self._kind != "classify":
+            return
+        chosen = examples[:HEAD_TEXTS_MAX]  # the order of the file says nothing about a text's worth
+        rows: list[Tensor] = []
+        for start in range(0, len(chosen), _TEXTS_PER_LOOK):
+            rows.append(trainer.last_rows(chosen[start : start + _TEXTS_PER_LOOK]))
+            yield
+        labels = torch.tensor([example.targets[0] for example in chosen])
+        if len(labels.unique()) == n_labels:
+            trainer.set_head(fit_head(torch.cat(rows), labels, n_labels).weight)
 
     def _train(
         self,
         trainer: Trainer,
-        maps: Maps,
+        maps: FeatureMaps,
         evaluation: Sequence[Example],
         metrics: list[float],
         checkpoints: Checkpoints,
@@ -377,7 +380,7 @@ class TuneJob:
             )
             by_count = self._checkpoint_steps is not None and trainer.step % self._checkpoint_steps == 0
             if by_count or now - saved_at >= _CHECKPOINT_S:
-                self._checkpoint(trainer, metrics, checkpoints, why)
+                self._checkpoint(trainer, maps, metrics, checkpoints, why)
                 saved_at = self._clock()
             yield
 
@@ -435,7 +438,9 @@ class TuneJob:
     def _training_bytes(self, top_layers: int) -> int:
         return training_bytes(self._config, top_layers, self._kind, self.spec.rank)
 
-    def _checkpoint(self, trainer: Trainer, metrics: list[float], checkpoints: Checkpoints, why: str) -> None:
+    def _checkpoint(
+        self, trainer: Trainer, maps: FeatureMaps, metrics: list[float], checkpoints: Checkpoints, why: str
+    ) -> None:
         place = _Place(
             step=trainer.step,
             losses=tuple(trainer.losses),
@@ -443,6 +448,7 @@ class TuneJob:
             threads=self._threads,
             top_layers=self._config.num_hidden_layers - trainer.cut,
             why=why,
+            codec=maps.space.codec,
         )
         try:
             checkpoints.save(asdict(place), trainer.tensors())
@@ -505,7 +511,7 @@ class TuneJob:
         self.progress = Snapshot(**{**fields, **changes})
 
     def _progress_of(
-        self, trainer: Trainer, maps: Maps, metrics: list[float], why: str, **changes: Any
+        self, trainer: Trainer, maps: FeatureMaps, metrics: list[float], why: str, **changes: Any
     ) -> None:
         self._show(
             **{

@@ -146,6 +146,12 @@ class Trainer:
         x, layout = self._rows(examples)
         return self._pass.rows(x, layout)
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def set_head(self, weight: Tensor) -> None:
+        """Shapes: weight (labels, d), for the copy that PEFT trains and saves."""
+        (head,) = [p for name, p in self._parameters.items() if ".score." in name]
+        head.copy_(weight)
+
     def tensors(self) -> dict[str, Tensor]:
         """All that changes from step to step."""
         found: dict[str, Tensor] = {}
