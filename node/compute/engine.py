@@ -66,8 +66,11 @@ def refusal(
     if not serves(known[0], submit.model, known[1:]):
         return refused(run, f"model {submit.model!r} is not served here; this node has {known[0]!r}")
     if submit.adapter is not None and submit.adapter not in adapters:
+        there = ", ".join(sorted(adapters)[:20]) or "none"
         return refused(
-            run, f"no adapter {submit.adapter!r} on this node; leave 'adapter' out for the plain model"
+            run,
+            f"no adapter {submit.adapter!r} on this node, there are: {there}; "
+            "leave 'adapter' out for the plain model",
         )
     if slots_taken:
         reason = "all slots of this node are taken"

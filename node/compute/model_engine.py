@@ -1,123 +1,100 @@
-"""Answers from a real model: several sequences share every pass over the weights.
+"""Answers, scores, classes, vectors and adapters from a real model: all that runs shares every pass.
 
-One step is one forward pass. In it every running answer gets its next token, and one prompt that is
-still being read gets up to ``PROMPT_PIECE_TOKENS`` further (Sarathi's chunked prefill,
-arXiv 2308.16369): a long prompt delays the others' tokens by a bounded time instead of by its length,
-and a cancellation is seen between two steps.
-
-A ``prompt`` is one user message to a model that has a chat template, because that is what a question is;
-to a model without one it is text to go on from.
+One step is one forward pass. In it every running answer gets its next token, and prompts and texts that
+are still being read get a piece further (Sarathi's chunked prefill, arXiv 2308.16369): a long prompt delays
+the others' tokens by a bounded time instead of by its length, and a cancellation is seen between two steps.
+Rows of different adapters, and rows that only join at an adapter's first layer, go through the same pass.
+Tuning takes chunks of a few tenths of a second between two steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
-import jinja2
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
 
-from mesh.messages import Submit
-from mesh.messages.task import ANSWER_BYTES_MAX
+from mesh.errors import ConfigError
+from node.compute.adapters.card import read_card
+from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Backbone, Segment
+from node.compute.backbone.deltas import Adapter
+from node.compute.backbone.llama import LlamaBackbone
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Run, Stop, Text
-from node.compute.serve.generate import Sampler, TextStream
+from node.compute.messages import Ended, Run, Stop
+from node.compute.serve.answers import Answer
+from node.compute.serve.prefixes import PREFIX_BYTES, Prefixes, kept_rows
+from node.compute.serve.sequences import Sequence
+from node.compute.serve.texts import Texts
+from node.compute.serve.tokens import Tokens
+from node.compute.serve.tuning import MakeJob, Tuning
 from node.compute.threads import ThreadChoice
 
-__all__ = ["ModelEngine", "Tokens"]
+__all__ = ["PROMPT_PIECE_TOKENS", "ModelEngine", "Tokens"]
 
-# Four rows cost a CPU hardly more per step than one (the weights are read once); beyond that, each
-# answer gets noticeably slower, and the states of four full contexts of SmolLM2 are 1.5 GB already.
-SLOTS = 4
+# One step reads the weights once for all rows in it; 16 answers come four to ten times as fast as one alone,
+# and beyond that each answer gets noticeably slower.
+SLOTS = 16
+
+# What all open sequences together may hold, in contexts: states of four full contexts of SmolLM2 are 1.5 GB.
+_CONTEXTS_OPEN = 4
 
 # About 0.2 s of work on two cores for a model of 135 M weights.
 PROMPT_PIECE_TOKENS = 256
 
-# Where an answer is cut as by max_tokens. The margin is for the last token and what was held back.
-_ANSWER_BYTES_CUT = ANSWER_BYTES_MAX - 8 * 1024
+# With answers being asked for all the time, tuning still gets a chunk of a quarter second this often.
+_TUNING_EVERY_S = 2.0
 
 
-class Tokens:
-    """The model's tokenizer, chat template and end tokens."""
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """Part of a pass."""
 
-    def __init__(self, directory: Path) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-        self.ends: frozenset[int] = _end_tokens(directory, self._tokenizer)
-
-    def encode(self, submit: Submit) -> list[int]:
-        """The prompt as the model shall see it.
-
-        Raises:
-            ValueError: The chat template does not take these messages; the text says why.
-        """
-        if submit.prompt is not None and not self._tokenizer.chat_template:
-            ids: list[int] = self._tokenizer.encode(submit.prompt)
-            return ids
-        messages = [{"role": message.role, "content": message.content} for message in submit.messages]
-        if submit.prompt is not None:
-            messages = [{"role": "user", "content": submit.prompt}]
-        if not self._tokenizer.chat_template:
-            raise ValueError("this model has no chat template: send 'prompt' instead of 'messages'")
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-        return list(encoded["input_ids"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One attempt on its way. ``waiting`` are the tokens the model has not seen yet."""
-
-    run: Run
-    states: Any
-    sampler: Sampler
-    stream: TextStream
-    waiting: list[int]
-    n_prompt: int
-    started_at: float
-    n_tokens: int = 0
-    ttft_s: float | None = None
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.run.task, self.run.attempt
+    attempt: Answer | Texts
+    sequence: Sequence
+    segment: Segment
 
 
 class ModelEngine:
-    """See ``node.compute.engine.Engine``. ``names`` are all names this model answers to, its own first."""
+    """See ``node.compute.engine.Engine``. ``names`` are all names this model answers to, its own first.
+
+    ``shelf``: the adapters, ``None`` for a model that is served without. ``make_job``: starts a tuning task,
+    ``None`` where none can run. ``prefix_bytes``: memory for what was read and may come again; 0 = none.
+    """
 
     slots = SLOTS
 
     def __init__(
         self,
-        names: Sequence[str],
+        names: Several[str],
         backbone: Backbone,
         tokens: Tokens,
         threads_max: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        shelf: Shelf | None = None,
+        make_job: MakeJob | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.model = names[0]
         self.names = tuple(names)
         self._backbone = backbone
         self._tokens = tokens
-        self._threads = ThreadChoice(threads_max if backbone.device == "cpu" else 1)
+        most = threads_max if backbone.device == "cpu" else 1
+        # A row of a prompt and a token of an answer do not become slow in the same way beside a neighbour.
+        self._writing_threads, self._reading_threads = ThreadChoice(most), ThreadChoice(most)
         self._clock = clock
-        self._running: dict[tuple[str, int], _Sequence] = {}
+        self._shelf = shelf
+        self._tuning = Tuning(make_job, clock) if make_job is not None else None
+        self._tuned_at = float("-inf")
+        self._was_tuning = False
+        self._attempts: dict[tuple[str, int], Answer | Texts] = {}
+        self.prefixes: Prefixes | None = None
+        if isinstance(backbone, LlamaBackbone):
+            self.prefixes = Prefixes(backbone, prefix_bytes)
+            self._expect_cuts()
 
     @property
     def context_tokens(self) -> int:
@@ -129,127 +106,208 @@ class ModelEngine:
 
     @property
     def due_s(self) -> float | None:
-        return 0.0 if self._running else None
+        return 0.0 if self._n_running else None
+
+    @property
+    def _n_running(self) -> int:
+        return len(self._attempts) + (len(self._tuning) if self._tuning is not None else 0)
+
+    def adapters(self) -> tuple[str, ...]:
+        """Look at the shelf again, and name what is there."""
+        if self._shelf is None:
+            return ()
+        if self._shelf.refresh():
+            self._expect_cuts()
+        return tuple(self._shelf.names())
+
+    # ── attempts ────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, run: Run) -> list[Event]:
-        started_at = self._clock()
         submit = run.submit
-        refuse = refusal(run, self.names, slots_taken=len(self._running) >= self.slots)
+        names = self._shelf.names() if self._shelf is not None else []
+        if submit.adapter is not None and submit.adapter not in names:
+            names = list(self.adapters())  # it may have come a moment ago
+        refuse = refusal(run, self.names, self._n_running >= self.slots, names)
         if refuse is not None:
             return [refuse]
+        if submit.kind == "tune":
+            if self._tuning is None:
+                return [refused(run, f"{self.model!r} is served here and cannot be tuned; ask another node")]
+            return self._tuning.start(run)
+        adapter: Adapter | None = None
+        if submit.adapter is not None:
+            assert self._shelf is not None
+            try:
+                adapter = self._shelf.pin(submit.adapter)
+            except ConfigError as error:
+                # This node's copy is damaged or finds no room now; another node may do it.
+                return [Ended(task=run.task, attempt=run.attempt, state="failed", reason=str(error))]
+            self._expect_cuts(adapter.first_layer)
         try:
-            ids = self._tokens.encode(submit)
+            attempt = self._attempt(run, adapter)
         except ValueError as error:
+            self._unpin(adapter)
             return [refused(run, str(error))]
+        self._attempts[run.task, run.attempt] = attempt
+        return []
+
+    def _attempt(self, run: Run, adapter: Adapter | None) -> Answer | Texts:
+        """Raises:
+        ValueError: The task cannot be done as asked.
+        """
+        submit = run.submit
+        if submit.kind != "generate":
+            return Texts(run, adapter, self._tokens, self._backbone, self._clock)
+        ids = self._tokens.encode(submit)
         if len(ids) + submit.max_tokens > self.context_tokens:
-            reason = (
+            raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {submit.max_tokens}; "
                 f"together the model takes at most {self.context_tokens}"
             )
-            return [refused(run, reason, n_prompt_tokens=len(ids))]
-        sequence = _Sequence(
-            run=run,
-            states=self._backbone.states(len(ids) + submit.max_tokens),
-            sampler=Sampler(submit.temperature, submit.top_p, submit.seed),
-            stream=TextStream(self._tokens.decode, submit.stop),
-            waiting=ids,
-            n_prompt=len(ids),
-            started_at=started_at,
-        )
-        self._running[sequence.key] = sequence
-        return []
+        return Answer(run, ids, adapter, self._tokens, self._clock)
 
     def stop(self, stop: Stop) -> list[Event]:
-        sequence = self._running.get((stop.task, stop.attempt))
-        if sequence is None:
-            return []
-        return self._end(sequence, "cancelled", None, stop.reason)
+        attempt = self._attempts.get((stop.task, stop.attempt))
+        if attempt is not None:
+            return self._ended(attempt, attempt.cancel(stop.reason))
+        return self._tuning.stop(stop) if self._tuning is not None else []
+
+    def _ended(self, attempt: Answer | Texts, events: list[Event]) -> list[Event]:
+        for sequence in attempt.sequences:
+            if sequence.is_open:
+                sequence.close(self.prefixes)
+        del self._attempts[attempt.run.task, attempt.run.attempt]
+        self._unpin(attempt.adapter)
+        return events
+
+    def _unpin(self, adapter: Adapter | None) -> None:
+        if adapter is not None and self._shelf is not None:
+            self._shelf.unpin(adapter)
+
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[Event]:
-        segments, owners = self._segments()
-        if not segments:
+        if self._tuning is not None and len(self._tuning) and self._is_tunings_turn():
+            self._was_tuning = True
+            return self._tune()
+        self._was_tuning = False
+        picks = list(self._picks())
+        if not picks:
             return []
-        is_decode = all(len(segment.ids) == 1 for segment in segments)
-        if self.device == "cpu" and torch.get_num_threads() != self._threads.threads:
-            torch.set_num_threads(self._threads.threads)
+        segments = [pick.segment for pick in picks]
+        is_writing = all(len(segment.ids) == 1 for segment in segments)
+        choice = self._writing_threads if is_writing else self._reading_threads
+        if self.device == "cpu" and torch.get_num_threads() != choice.threads:
+            torch.set_num_threads(choice.threads)
         before = self._clock()
-        logits = self._backbone.logits(self._backbone.forward(segments).rows)
-        if is_decode:
-            self._threads.saw(self._clock() - before)
+        readings = [pick.sequence.reading for pick in picks]
+        cuts = self.prefixes.keep_at(r for r in readings if r is not None) if self.prefixes else ()
+        found = self._backbone.forward(segments, keep_at=cuts)
+        n_rows = sum(len(segment.ids) for segment in segments)
+        choice.saw((self._clock() - before) / (1 if is_writing else n_rows))
+        if self.prefixes is not None and cuts:
+            enters, sizes = [s.enters for s in segments], [len(s.ids) for s in segments]
+            for at, pick in enumerate(picks):
+                kept = kept_rows(found.kept, enters, sizes, at)
+                pick.sequence.keep(self.prefixes, pick.segment, kept)
+        return self._take(picks, found.rows)
+
+    def _take(self, picks: Several[_Pick], rows: torch.Tensor) -> list[Event]:
+        """Give the rows of a pass to whom they belong."""
+        ends, end = [], 0
+        for pick in picks:
+            end += pick.segment.n_wanted
+            ends.append(end)
         events: list[Event] = []
-        for row, (segment, sequence) in enumerate(zip(segments, owners, strict=True)):
-            del sequence.waiting[: len(segment.ids)]
-            if not sequence.waiting:
-                events += self._advance(sequence, logits[row])
-        return events
-
-    def _segments(self) -> tuple[list[Segment], list[_Sequence]]:
-        """One token of every answer being written, and a piece of the first prompt not yet read."""
-        segments, owners = [], []
-        is_reading = False
-        for sequence in self._running.values():
-            if len(sequence.waiting) > 1:
-                if is_reading:
-                    continue
-                is_reading = True
-            segments.append(Segment(sequence.states, sequence.waiting[:PROMPT_PIECE_TOKENS]))
-            owners.append(sequence)
-        return segments, owners
-
-    def _advance(self, sequence: _Sequence, logits: Tensor) -> list[Event]:
-        submit, stream = sequence.run.submit, sequence.stream
-        token = sequence.sampler.choose(logits)
-        if sequence.ttft_s is None:
-            sequence.ttft_s = self._clock() - sequence.started_at
-        if token in self._tokens.ends:
-            return self._end(sequence, "done", "stop", None)
-        sequence.n_tokens += 1
-        sequence.waiting.append(token)
-        piece = stream.add(token)
-        events: list[Event] = [
-            Text(task=sequence.run.task, attempt=sequence.run.attempt, text=piece, n_tokens=1)
+        answers = [
+            (pick, ends[at] - 1)
+            for at, pick in enumerate(picks)
+            if isinstance(pick.attempt, Answer) and pick.segment.n_wanted
         ]
-        if stream.stopped:
-            return events + self._end(sequence, "done", "stop", None)
-        if sequence.n_tokens >= submit.max_tokens or len(stream.text.encode()) > _ANSWER_BYTES_CUT:
-            return events + self._end(sequence, "done", "length", None)
+        if answers:
+            places = [row for _, row in answers]
+            mine = rows if places == list(range(len(rows))) else rows[places]
+            logits = self._backbone.logits(mine, [pick.segment.adapter for pick, _ in answers])
+            for (pick, _), its in zip(answers, logits, strict=True):
+                assert isinstance(pick.attempt, Answer)
+                events += self._said(pick, pick.attempt.take(its))
+        for at, pick in enumerate(picks):
+            if isinstance(pick.attempt, Texts):
+                said = pick.attempt.take(pick.sequence, rows[ends[at] - pick.segment.n_wanted : ends[at]])
+                if not pick.sequence.n_left:
+                    pick.sequence.close(self.prefixes)
+                events += self._said(pick, said)
         return events
 
-    def _end(
-        self,
-        sequence: _Sequence,
-        state: Literal["done", "cancelled"],
-        finish_reason: str | None,
-        reason: str | None,
-    ) -> list[Event]:
-        del self._running[sequence.key]
-        run = sequence.run
-        events: list[Event] = []
-        if piece := sequence.stream.finish():
-            events.append(Text(task=run.task, attempt=run.attempt, text=piece, n_tokens=0))
-        events.append(
-            Ended(
-                task=run.task,
-                attempt=run.attempt,
-                state=state,
-                text=sequence.stream.text,
-                finish_reason=finish_reason,
-                reason=reason,
-                n_prompt_tokens=sequence.n_prompt,
-                n_tokens=sequence.n_tokens,
-                ttft_s=sequence.ttft_s,
-                service_s=self._clock() - sequence.started_at,
-            )
+    def _said(self, pick: _Pick, events: list[Event]) -> list[Event]:
+        is_over = bool(events) and isinstance(events[-1], Ended)
+        return self._ended(pick.attempt, events) if is_over else events
+
+    def _picks(self) -> Iterator[_Pick]:
+        """The next token of every answer being written, and pieces of what is being read, in turns."""
+        n_layers, n_left = self._backbone.n_layers, PROMPT_PIECE_TOKENS
+        reading = []
+        for key, attempt in self._attempts.items():
+            first = attempt.sequences[0]
+            if isinstance(attempt, Answer) and not first.is_reading:
+                yield _Pick(attempt, first, first.segment(1, n_layers)[0])
+            else:
+                reading.append(key)
+        for key in reading:
+            if n_left <= 0:
+                return
+            attempt = self._attempts[key] = self._attempts.pop(key)  # next time the others come first
+            for sequence in attempt.sequences:
+                if n_left <= 0:
+                    return
+                if not sequence.is_open and not self._open(sequence):
+                    break
+                segment, n_rows = sequence.segment(n_left, n_layers)
+                n_left -= n_rows
+                yield _Pick(attempt, sequence, segment)
+
+    def _open(self, sequence: Sequence) -> bool:
+        taken = sum(
+            other.capacity
+            for attempt in self._attempts.values()
+            for other in attempt.sequences
+            if other.is_open
         )
+        if taken and taken + sequence.capacity > _CONTEXTS_OPEN * self.context_tokens:
+            return False  # when somebody has ended
+        return sequence.open(self._backbone, self.prefixes)
+
+    # ── tuning and adapters ─────────────────────────────────────────────────────────────────────────
+
+    def _is_tunings_turn(self) -> bool:
+        """Whoever waits for a first token comes before; decoding and tuning take turns."""
+        if not self._attempts:
+            return True
+        waited_s = self._clock() - self._tuned_at
+        if any(sequence.is_reading for a in self._attempts.values() for sequence in a.sequences[:1]):
+            return waited_s >= _TUNING_EVERY_S
+        return not self._was_tuning
+
+    def _tune(self) -> list[Event]:
+        assert self._tuning is not None
+        events = self._tuning.step()
+        self._tuned_at = self._clock()
+        if any(isinstance(event, Ended) and event.output is not None for event in events):
+            self.adapters()  # served from now on
         return events
 
-
-def _end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the generation config's, and the tokenizer's own."""
-    ends: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    if (directory / "generation_config.json").exists():
-        configured = GenerationConfig.from_pretrained(directory).eos_token_id
-        ends.update(
-            configured if isinstance(configured, list) else [] if configured is None else [configured]
-        )
-    return frozenset(ends)
+    def _expect_cuts(self, *more: int) -> None:
+        """Tell the prefixes at which layers adapters begin."""
+        if self.prefixes is None or self._shelf is None:
+            return
+        cuts = {*more, *self.prefixes.cuts}
+        if more and cuts == set(self.prefixes.cuts):
+            return
+        for name in self._shelf.names():
+            try:
+                card = read_card(self._shelf.directory / name)
+            except ConfigError:
+                continue  # it is refused, with the reason, when it is asked for
+            if card is not None:
+                cuts.add(card.first_layer)
+        self.prefixes.expect(cuts)

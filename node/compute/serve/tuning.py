@@ -1,0 +1,127 @@
+"""Tuning tasks among the others: one at a time, a chunk between two steps; the next ones wait in line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from mesh.errors import ConfigError
+from mesh.messages import AdapterCard, Output, TaskProgress, TuneSpec
+from node.compute.engine import Event, refused
+from node.compute.messages import Ended, Progress, Run, Stop
+from node.compute.tune.job import Snapshot, TuneEvent
+
+__all__ = ["Job", "MakeJob", "Tuning"]
+
+log = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """See ``node.compute.tune.job.TuneJob``."""
+
+    progress: Snapshot
+    result: AdapterCard | None
+
+    def step(self) -> TuneEvent: ...
+    def close(self) -> None: ...
+
+
+MakeJob = Callable[[TuneSpec], Job]
+
+
+class Tuning:
+    """Two jobs at once would take twice the time and memory each; in line, the first is done sooner."""
+
+    def __init__(self, make: MakeJob, clock: Callable[[], float]) -> None:
+        self._make = make
+        self._clock = clock
+        self._line: dict[tuple[str, int], tuple[Run, float]] = {}  # bounded by the engine's slots
+        self._job: Job | None = None
+        self._seq = 0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def start(self, run: Run) -> list[Event]:
+        ahead = len(self._line)
+        self._line[run.task, run.attempt] = (run, self._clock())
+        if not ahead:
+            return []
+        text = f"waits for {ahead} other tuning task{'s' if ahead > 1 else ''} on this node"
+        return [self._progress(run, Snapshot(text=text))]
+
+    def stop(self, stop: Stop) -> list[Event]:
+        """What was trained so far stays in its checkpoint, for the same task another time."""
+        key = (stop.task, stop.attempt)
+        if key not in self._line:
+            return []
+        is_first = key == next(iter(self._line))
+        run, started_at = self._line.pop(key)
+        if is_first:
+            self._close()
+        return [self._ended(run, started_at, "cancelled", stop.reason)]
+
+    def step(self) -> list[Event]:
+        """One chunk of the first job. An ``Ended`` with an output says that there is a new adapter."""
+        key, (run, started_at) = next(iter(self._line.items()))
+        spec = run.submit.tune
+        assert spec is not None, "the submission has been checked"
+        try:
+            if self._job is None:
+                self._job = self._make(spec)
+            event = self._job.step()
+        except ConfigError as error:
+            del self._line[key]
+            self._close()
+            return [refused(run, str(error))]
+        except (OSError, MemoryError, RuntimeError) as error:
+            # A full disk or too little memory here; the other attempts of this process go on.
+            log.exception("tuning failed task=%s attempt=%d", run.task, run.attempt)
+            del self._line[key]
+            self._close()
+            return [self._ended(run, started_at, "failed", f"tuning failed here: {error}"[:500])]
+        if event.text:
+            log.info("tuning task=%s %s", run.task, event.text)
+        events: list[Event] = [self._progress(run, event.progress)]
+        if event.is_done:
+            card = self._job.result
+            assert card is not None
+            del self._line[key]
+            self._close()
+            events.append(self._ended(run, started_at, "done", None, card))
+        return events
+
+    def _close(self) -> None:
+        if self._job is not None:
+            self._job.close()
+        self._job = None
+
+    def _progress(self, run: Run, snapshot: Snapshot) -> Progress:
+        self._seq += 1
+        found: TaskProgress = snapshot.message(run.task, run.attempt, self._seq)
+        return Progress(progress=found)
+
+    def _ended(
+        self,
+        run: Run,
+        started_at: float,
+        state: Literal["done", "cancelled", "failed"],
+        reason: str | None,
+        card: AdapterCard | None = None,
+    ) -> Ended:
+        return Ended(
+            task=run.task,
+            attempt=run.attempt,
+            state=state,
+            text=_said(card) if card is not None else "",
+            reason=reason,
+            service_s=self._clock() - started_at,
+            output=Output(adapter=card) if card is not None else None,
+        )
+
+
+def _said(card: AdapterCard) -> str:
+    measure = "accuracy" if card.task == "classify" else "loss"
+    metric = "" if card.metric is None else f", {measure} {card.metric:.4g} on the evaluation records"
+    return f"adapter {card.name}: {card.method} on the top {card.top_layers} layers{metric}"
