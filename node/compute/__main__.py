@@ -204,8 +204,8 @@ def _load(load: Load, say: Say) -> _Loaded:
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
     progress(f"loading {source.display}", 0.4)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(load.precision, torch.float32)
-    backbone = load_backbone(directory, best_device(), dtype)
+    precision = "fp32" if load.precision == "auto" else load.precision
+    backbone = load_backbone(directory, best_device(), precision)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
     engine = ModelEngine(names, backbone, Tokens(directory), threads)

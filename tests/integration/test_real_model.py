@@ -143,7 +143,7 @@ class TestAgainstTransformers:
         assert "Paris" in ended.text and ended.finish_reason == "stop"
         assert ended.n_prompt_tokens == len(encoded["input_ids"])
 
-    def test_logits_agree_to_1e_4_at_every_position_of_a_mixed_pass(self, plain: Any, backbone: Any) -> None:
+    def test_logits_agree_to_rounding_at_every_position_of_a_mixed_pass(self, plain: Any, backbone: Any) -> None:
         generator = torch.Generator().manual_seed(11)
         ids = torch.randint(0, 49152, (300,), generator=generator).tolist()
         with torch.inference_mode():
@@ -157,12 +157,15 @@ class TestAgainstTransformers:
             )
             worst = max(worst, float((rows[0] - expected[at * 7 + 6]).abs().max()))
             worst = max(worst, float((rows[1] - expected[100 + at]).abs().max()))
-        assert worst < 1e-4
+        # Rounding grows with the numbers rounded. oneDNN adds in another order than MKL: against float64 our
+        # worst logit of 300 tokens is 2e-5 of the largest off (transformers: 4e-6; our pass over MKL: the same
+        # 4e-6), while a wrong term shows at 1e-2.
+        assert worst < 5e-5 * float(expected.abs().max())
 
     def test_the_generic_path_gives_the_same_tokens(
         self, plain: Any, tokenizer: Any, model_directory: Path
     ) -> None:
-        generic = GenericBackbone(model_directory, "cpu", torch.float32)
+        generic = GenericBackbone(model_directory, "cpu", "fp32")
         ids = tokenizer.encode("The capital of France is")
         assert greedy(generic, ids, tokenizer.eos_token_id, n=24) == reference(plain, ids, n=24)
 
