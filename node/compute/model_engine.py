@@ -60,8 +60,9 @@ class _Pick:
 class ModelEngine:
     """See ``node.compute.engine.Engine``. ``names`` are all names this model answers to, its own first.
 
-    ``shelf``: the adapters, ``None`` for a model that is served without. ``make_job``: starts a tuning task,
-    ``None`` where none can run. ``prefix_bytes``: memory for what was read and may come again; 0 = none.
+    ``shelf``: the adapters, ``None`` for a model that is served without (``why_plain`` says why).
+    ``make_job``: starts a tuning task, ``None`` where none can run. ``prefix_bytes``: memory for what was
+    read and may come again; 0 = none.
     """
 
     slots = SLOTS
@@ -77,6 +78,7 @@ class ModelEngine:
         shelf: Shelf | None = None,
         make_job: MakeJob | None = None,
         prefix_bytes: int = PREFIX_BYTES,
+        why_plain: str = "",
     ) -> None:
         self.model = names[0]
         self.names = tuple(names)
@@ -87,6 +89,7 @@ class ModelEngine:
         self._writing_threads, self._reading_threads = ThreadChoice(most), ThreadChoice(most)
         self._clock = clock
         self._shelf = shelf
+        self._why_plain = why_plain or f"{self.model!r} is served without adapters here; ask another node"
         self._tuning = Tuning(make_job, clock) if make_job is not None else None
         self._tuned_at = float("-inf")
         self._was_tuning = False
@@ -124,6 +127,8 @@ class ModelEngine:
 
     def start(self, run: Run) -> list[Event]:
         submit = run.submit
+        if self._shelf is None and submit.adapter is not None:
+            return [refused(run, f"no adapter {submit.adapter!r}: {self._why_plain}")]
         names = self._shelf.names() if self._shelf is not None else []
         if submit.adapter is not None and submit.adapter not in names:
             names = list(self.adapters())  # it may have come a moment ago
@@ -132,7 +137,7 @@ class ModelEngine:
             return [refuse]
         if submit.kind == "tune":
             if self._tuning is None:
-                return [refused(run, f"{self.model!r} is served here and cannot be tuned; ask another node")]
+                return [refused(run, f"nothing can be tuned here: {self._why_plain}")]
             return self._tuning.start(run)
         adapter: Adapter | None = None
         if submit.adapter is not None:

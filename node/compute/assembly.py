@@ -1,0 +1,89 @@
+"""The engine with all its parts: shelf of adapters, store of feature maps, and what starts a tuning task."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from mesh.errors import ConfigError
+from mesh.messages import TuneSpec
+from node.compute.adapters.facts import BackboneFacts
+from node.compute.adapters.shelf import Shelf
+from node.compute.backbone.contract import Backbone
+from node.compute.features.shape import prove
+from node.compute.features.store import LocalStore
+from node.compute.messages import Load
+from node.compute.model_engine import ModelEngine
+from node.compute.serve.tokens import Tokens
+from node.compute.tune.job import TuneJob
+from node.compute.tune.source import FeatureSource
+
+__all__ = ["model_engine", "tokenizer_digest"]
+
+log = logging.getLogger(__name__)
+
+
+def model_engine(
+    load: Load, names: Sequence[str], directory: Path, digest: str, backbone: Backbone, threads: int
+) -> ModelEngine:
+    """``directory`` holds the model, ``digest`` is its weights' SHA-256. A model outside the Llama family is
+    served without adapters and cannot be tuned."""
+    tokens = Tokens(directory)
+    try:
+        facts = BackboneFacts.of(directory, digest)
+    except ConfigError as error:
+        log.info("no adapters: %s", error)
+        return ModelEngine(names, backbone, tokens, threads, why_plain=str(error))
+    shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=backbone.device)
+    jobs = _Jobs(load, directory, digest, backbone, threads)
+    return ModelEngine(names, backbone, tokens, threads, shelf=shelf, make_job=jobs.job)
+
+
+class _Jobs:
+    """Tuning tasks on one backbone and one store of feature maps; both are made ready by the first."""
+
+    def __init__(self, load: Load, directory: Path, digest: str, backbone: Backbone, threads: int) -> None:
+        self._load = load
+        self._directory = directory
+        self._digest = digest
+        self._backbone = backbone
+        self._threads = threads
+        self._source: FeatureSource | None = None
+
+    def job(self, spec: TuneSpec) -> TuneJob:
+        """Raises:
+        ConfigError: The task cannot be done as asked.
+        """
+        load, features = self._load, Path(self._load.features_dir)
+        if self._source is None:
+            self._source = FeatureSource(
+                backbone=self._backbone,
+                store=LocalStore(features / "maps", load.feature_memory_bytes, load.feature_disk_bytes),
+                backbone_digest=self._digest,
+                tokenizer_digest=tokenizer_digest(self._directory),
+                numerics=prove(self._backbone, self._threads),
+                precision=self._backbone.precision,
+                store_bytes=load.feature_memory_bytes + load.feature_disk_bytes,
+            )
+        return TuneJob(
+            spec,
+            directory=self._directory,
+            digest=self._digest,
+            shelf_dir=Path(load.adapters_dir),
+            checkpoint_dir=features / "checkpoints",
+            maps_factory=self._source,
+            datasets_dir=Path(load.datasets_dir),
+            threads=self._threads,
+        )
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """Of what turns texts into tokens."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        path = directory / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
