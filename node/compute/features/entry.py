@@ -159,7 +159,7 @@ class Layout:
             raise DecodeError(f"feature entry of codec {header.codec} with rows that are not raw")
         n = header.n - header.n_raw
         groups = -(-header.d // GROUP)
-        n_outliers = min(OUTLIERS, header.d) if bits == 4 else 0
+        n_outliers = min(OUTLIERS, header.d) if bits == 4 and n else 0
         ends = [HEADER_BYTES]
         for size in (
             4 * header.n_raw if bits else 0,
