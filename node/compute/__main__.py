@@ -198,18 +198,25 @@ def _load(load: Load, say: Say) -> _Loaded:
 
     import torch
 
+    from node.compute.assembly import model_engine
     from node.compute.backbone.load import best_device, load_backbone
-    from node.compute.model_engine import ModelEngine, Tokens
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
     progress(f"loading {source.display}", 0.4)
     precision = "fp32" if load.precision == "auto" else load.precision
+    reason = "" if load.precision == "auto" else "as the operator said"
     backbone = load_backbone(directory, best_device(), precision)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
-    engine = ModelEngine(names, backbone, Tokens(directory), threads)
-    return _Loaded(engine=engine, digest=manifest.weights_sha256)
+    engine = model_engine(load, names, directory, manifest.weights_sha256, backbone, threads)
+    return _Loaded(
+        engine=engine,
+        digest=manifest.weights_sha256,
+        precision=backbone.precision,
+        precision_reason=reason,
+        adapters=engine.adapters,
+    )
 
 
 def _convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -> None:
