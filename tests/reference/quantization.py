@@ -15,8 +15,7 @@ __all__ = ["by_table", "outlier_channels"]
 def by_table(group: Sequence[float], bits: int) -> list[float]:
     """What each number of one group becomes."""
     minimum = _half(min(group) - (abs(min(group)) * 2.0**-11 + 2.0**-24))
-    scale = _float((max(group) - minimum) / (2**bits - 1))
-    scale = _half(scale + (scale * 2.0**-10 + 2.0**-24))
+    scale = _half((max(group) - minimum) * (1 + 2.0**-10) / (2**bits - 1) + 2.0**-24)
     table = [_float(_float(code * scale) + minimum) for code in range(2**bits)]
     return [min(table, key=lambda value: (abs(value - number), value)) for number in group]
 

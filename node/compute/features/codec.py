@@ -19,7 +19,9 @@ decodes to the same bits on every machine.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -30,6 +32,7 @@ from node.compute.features.entry import (
     CODE_BITS,
     EXACT,
     GROUP,
+    HEADER_BYTES,
     ROWS_MAX,
     WIDTH_MAX,
     Certificate,
@@ -44,8 +47,8 @@ __all__ = ["CODECS", "Choice", "Codec", "choose_codec"]
 # none, or zeros) would have scales below the finest step of one. Both stay raw.
 _LONGEST, _SHORTEST = 60_000.0, 1e-3
 # Rows worked on at once: scratch of 2.4 MB at d = 576 stays in the cache from one operation to the next,
-# while starting an operation on all threads (some 5 µs) is paid rarely. Measured for 64 to 4,096.
-_CHUNK_ROWS = 512
+# while starting an operation (some 2 µs, 25 times) is paid rarely.
+_CHUNK_ROWS = 1024
 # What arithmetic in float32 adds to half a scale, as a share of the largest number in the group.
 _FLOAT_SLACK = 2.0**-21
 # ... and what 32-bit sums over a row may be off, as a share.
@@ -105,52 +108,56 @@ class _Grouped:
 
     # ── to bytes ────────────────────────────────────────────────────────────────────────────────────
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def encode(self, x: Tensor, *, has_sink: bool = True) -> Encoded:
         x = _checked(x)
         n, d = x.shape
-        lengths, keep = _measured(x)
-        if has_sink and n:
-            keep[0] = False
-        quantized = x[1:] if has_sink and bool(keep[1:].all()) else x if bool(keep.all()) else x[keep]
-        lengths = lengths[keep]
-        header = Header(self.name, n, d, n - len(quantized), EXACT)
+        lengths = torch.linalg.vector_norm(x, dim=1)
+        first = 1 if has_sink and n else 0
+        raw: list[int] = list(range(first))
+        if first and not bool(torch.isfinite(x[:first]).all()):
+            raise ValueError(_NOT_FINITE)
+        quantized, lengths = x[first:], lengths[first:]
+        fits = _fits(lengths)
+        if not bool(fits.all()):
+            if not bool(torch.isfinite(quantized[~fits]).all()):
+                raise ValueError(_NOT_FINITE)
+            raw += ((~fits).nonzero()[:, 0] + first).tolist()
+            quantized, lengths = quantized[fits], lengths[fits]
+        header = Header(self.name, n, d, len(raw), EXACT)
         layout = Layout.of(header)
         payload = bytearray(layout.end)
-        if header.n_raw:
-            at = (~keep).nonzero()[:, 0]
-            _view(payload, layout.rows, torch.int32, (header.n_raw,)).copy_(at)
-            _view(payload, layout.raw, torch.float32, (header.n_raw, d)).copy_(x[at])
-        certificate = EXACT
+        if raw:
+            memoryview(payload)[layout.rows : layout.raw].cast("I")[:] = array("I", raw)
+            _view(payload, layout.raw, torch.float32, (len(raw), d)).copy_(x[raw])
         if layout.n:
             certificate = self._quantize(quantized, lengths, payload, layout)
-        written = Header(self.name, n, d, header.n_raw, certificate)
-        payload[: len(written.write())] = written.write()
-        return Encoded(self.name, n, d, certificate, payload)
+            header = Header(self.name, n, d, len(raw), certificate)
+        payload[:HEADER_BYTES] = header.write()
+        return Encoded(self.name, n, d, header.certificate, payload)
 
     def _quantize(self, x: Tensor, lengths: Tensor, payload: bytearray, layout: Layout) -> Certificate:
-        """Shapes: x (n, d), lengths (n,): of the rows. All of it finite and small."""
+        """Shapes: x (n, d), lengths (n,): of the rows. All of it finite and moderate."""
         n, d = x.shape
         groups, n_outliers = layout.groups, layout.n_outliers
         width = groups * GROUP
         minima = _view(payload, layout.minima, torch.float16, (n, groups))
         scales = _view(payload, layout.scales, torch.float16, (n, groups))
-        codes = _view(payload, layout.codes, torch.uint8, (n, width * self._bits // 8))
-        squares = torch.zeros(n)  # of the length of each row's error, at most
-        max_error = 0.0
+        codes = _view(payload, layout.codes, torch.uint8, (n, groups, GROUP * self._bits // 8))
         channels = None
+        squares, max_error = None, 0.0  # squares: of the length of each row's error, at most
         if n_outliers:
             channels = _outliers(x, n_outliers)
             _view(payload, layout.channels, torch.int32, (n_outliers,)).copy_(channels)
             outliers = _view(payload, layout.outliers, torch.float16, (n, n_outliers))
-            outliers.copy_(x[:, channels])
-            errors = x[:, channels].sub_(outliers).abs_()
-            max_error = float(errors.max())
-            squares += errors.square_().sum(1)
+            exact = x.index_select(1, channels)
+            outliers.copy_(exact)
+            squares = exact.sub_(outliers).square_().sum(1)
+            max_error = float(exact.max()) ** 0.5
         rows = min(n, _CHUNK_ROWS)
-        is_copied = n_outliers or width != d
-        copied = x.new_empty(rows, width) if is_copied else None
+        copied = x.new_empty(rows, width) if n_outliers or width != d else None
         scratch, short = x.new_empty(rows, groups, GROUP), x.new_empty(rows, groups, GROUP, dtype=torch.int16)
-        bytes_ = x.new_empty(rows, groups, GROUP, dtype=torch.uint8) if self._bits == 4 else None
+        pairs = x.new_empty(rows, groups, GROUP, dtype=torch.uint8) if self._bits == 4 else None
         for start in range(0, n, rows):
             here = slice(start, min(start + rows, n))
             m = here.stop - here.start
@@ -158,73 +165,72 @@ class _Grouped:
             if copied is not None:
                 copied[:m, :d] = block
                 if channels is not None:
-                    copied[:m, channels] = 0.0  # they would stretch their groups' scales
-                copied[:m, d:] = copied[:m, d - 1 : d]  # nor shall what fills the last group up
+                    copied[:m].index_fill_(1, channels, 0.0)  # they would stretch their groups' scales
+                if width != d:
+                    copied[:m, d:] = copied[:m, d - 1 : d]  # nor shall what fills the last group up
                 block = copied[:m]
             block = block.view(m, groups, GROUP)
-            low, scale = self._scales(block.amin(-1), block.amax(-1))
-            minima[here], scales[here] = low, scale
+            # Rounded to 16 bits so that no number falls outside; what is used is what is stored.
+            low = block.amin(-1)
+            low = minima[here].copy_(low.sub_(low.abs().mul_(_HALF_STEP).add_(_HALF_TINY))).float()
+            scale = block.amax(-1).sub_(low).mul_((1 + 2 * _HALF_STEP) / self._top).add_(_HALF_TINY)
+            scale = scales[here].copy_(scale).float()
             # floor(y + 1/2) by a cast that cuts off: y is never negative. The half is added to the minimum.
-            y = torch.sub(block, (low - 0.5 * scale)[..., None], out=scratch[:m])
+            y = torch.sub(block, torch.sub(low, scale, alpha=0.5)[..., None], out=scratch[:m])
             y.mul_(scale.reciprocal()[..., None])
             whole = short[:m].copy_(y)
-            if bytes_ is None:
-                codes[here].view(m, groups, GROUP).copy_(whole)
+            if pairs is None:
+                codes[here].copy_(whole)
             else:
-                pairs = bytes_[:m].copy_(whole)
-                high = pairs[..., GROUP // 2 :] << 4
-                torch.bitwise_or(pairs[..., : GROUP // 2], high, out=codes[here].view(m, groups, GROUP // 2))
-            errors = 0.5 * scale + _FLOAT_SLACK * (low.abs() + self._top * scale)
-            max_error = max(max_error, float(errors.max()))
-            squares[here] += errors.square_().sum(1).mul_(GROUP)
-        relative = squares.sqrt_().div_(lengths).mul_(1 + _SUM_SLACK)
-        return Certificate(
-            max_error,
-            float(relative.double().mean()),
-            float(relative.quantile(0.99, interpolation="higher")),
-        )
-
-    def _scales(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and scale of each group, rounded to 16 bits so that no number falls outside.
-
-        Shapes: two of (rows, groups), float32 with values that 16 bits hold exactly.
-        """
-        low = (least - (least.abs() * _HALF_STEP + _HALF_TINY)).half().float()
-        scale = (most - low).div_(self._top)
-        scale = (scale + (scale * 2 * _HALF_STEP + _HALF_TINY)).half().float()
-        return low, scale
+                both = pairs[:m].copy_(whole)
+                torch.bitwise_or(both[..., : GROUP // 2], both[..., GROUP // 2 :] << 4, out=codes[here])
+        low, scale = minima.float().abs_(), scales.float()
+        errors = low.add_(scale, alpha=self._top).mul_(_FLOAT_SLACK).add_(scale, alpha=0.5)
+        max_error = max(max_error, float(errors.max()))
+        lost = errors.square_().sum(1).mul_(GROUP)
+        if squares is not None:
+            lost += squares
+        relative = lost.sqrt_().div_(lengths).mul_(1 + _SUM_SLACK)
+        p99 = relative.kthvalue(min(n, int(0.99 * n) + 1)).values
+        return Certificate(max_error, float(relative.double().mean()), float(p99))
 
     # ── and back ────────────────────────────────────────────────────────────────────────────────────
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def decode(self, encoded: Encoded, d: int, out: Tensor | None = None) -> Tensor:
         header, payload = _opened(encoded, self.name, d)
         layout = Layout.of(header)
         out = _room(out, header)
         n, groups, n_outliers = layout.n, layout.groups, layout.n_outliers
-        width = groups * GROUP
-        at = _view(payload, layout.rows, torch.int32, (header.n_raw,)).long()
-        _check_ascending(at, header.n)
-        minima = _view(payload, layout.minima, torch.float16, (n, groups))
-        scales = _view(payload, layout.scales, torch.float16, (n, groups))
-        codes = _view(payload, layout.codes, torch.uint8, (n, width * self._bits // 8))
+        raw = _ascending(payload, layout.rows, header.n_raw, header.n)
         # Rows between two raw ones are decoded where they belong; usually there is one such stretch.
-        is_direct = header.n_raw == 0 or (header.n_raw == 1 and int(at[0]) == 0)
-        rows = out[header.n_raw :] if is_direct else out.new_empty(n, d)
-        self._dequantize(rows, minima.float(), scales.float(), codes, groups)
-        if n_outliers:
-            channels = _view(payload, layout.channels, torch.int32, (n_outliers,)).long()
-            _check_ascending(channels, d)
-            rows[:, channels] = _view(payload, layout.outliers, torch.float16, (n, n_outliers)).float()
-        if header.n_raw:
+        is_direct = raw in ([], [0])
+        if n:
+            rows = out[header.n_raw :] if is_direct else out.new_empty(n, d)
+            minima = _view(payload, layout.minima, torch.float16, (n, groups)).float()
+            scales = _view(payload, layout.scales, torch.float16, (n, groups)).float()
+            codes = _view(payload, layout.codes, torch.uint8, (n, groups, GROUP * self._bits // 8))
+            self._dequantize(rows, minima, scales, codes)
+            if n_outliers:
+                channels = torch.tensor(_ascending(payload, layout.channels, n_outliers, d))
+                outliers = _view(payload, layout.outliers, torch.float16, (n, n_outliers))
+                rows.index_copy_(1, channels, outliers.float())
             if not is_direct:
                 others = torch.ones(header.n, dtype=torch.bool)
-                others[at] = False
+                others[raw] = False
                 out[others] = rows
-            out[at] = _view(payload, layout.raw, torch.float32, (header.n_raw, d))
+        if raw:
+            kept = _view(payload, layout.raw, torch.float32, (header.n_raw, d))
+            if is_direct:
+                out[0].copy_(kept[0])
+            else:
+                out[raw] = kept
         return out
 
-    def _dequantize(self, rows: Tensor, minima: Tensor, scales: Tensor, codes: Tensor, groups: int) -> None:
+    def _dequantize(self, rows: Tensor, minima: Tensor, scales: Tensor, codes: Tensor) -> None:
+        """Shapes: rows (n, d), to be written; minima, scales (n, groups); codes (n, groups, bytes)."""
         n, d = rows.shape
+        groups = minima.shape[1]
         step = max(1, min(n, _CHUNK_ROWS))
         is_direct = d == groups * GROUP and rows.is_contiguous()
         scratch = None if is_direct else rows.new_empty(step, groups, GROUP)
@@ -232,7 +238,7 @@ class _Grouped:
             here = slice(start, min(start + step, n))
             m = here.stop - here.start
             block = rows[here].view(m, groups, GROUP) if scratch is None else scratch[:m]
-            code = codes[here].view(m, groups, -1)
+            code = codes[here]
             if self._bits == 8:
                 block.copy_(code)
             else:
@@ -299,17 +305,11 @@ def _checked(x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous()
 
 
-def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Length of each row, and whether it can be quantized. Shapes: two of (n,).
-
-    No number is larger than its row is long, so rows of moderate length have numbers that fit 16 bits; and
-    NaN or infinity makes a length that is not moderate.
+def _fits(lengths: Tensor) -> Tensor:
+    """Which rows can be quantized. No number is larger than its row is long, so those of moderate length have
+    numbers that fit 16 bits; and NaN or infinity makes a length that is not moderate.
     """
-    lengths = torch.linalg.vector_norm(x, dim=1)
-    fits = (lengths >= _SHORTEST) & (lengths <= _LONGEST)  # False for NaN
-    if not bool(fits.all()) and not bool(torch.isfinite(x[~fits]).all()):
-        raise ValueError(_NOT_FINITE)
-    return lengths, fits
+    return (lengths >= _SHORTEST) & (lengths <= _LONGEST)
 
 
 def _outliers(x: Tensor, n: int) -> Tensor:
@@ -350,6 +350,9 @@ def _view(payload: bytearray | memoryview, at: int, dtype: torch.dtype, shape: t
     return torch.frombuffer(payload, dtype=dtype, count=count, offset=at).view(shape)
 
 
-def _check_ascending(at: Tensor, end: int) -> None:
-    if len(at) and not (int(at[0]) >= 0 and int(at[-1]) < end and bool((at[1:] > at[:-1]).all())):
+def _ascending(payload: bytearray | memoryview, at: int, n: int, end: int) -> list[int]:
+    """``n`` different numbers below ``end``, in order."""
+    numbers = memoryview(payload)[at : at + 4 * n].cast("I").tolist()
+    if numbers and not (numbers[-1] < end and all(a < b for a, b in pairwise(numbers))):
         raise DecodeError("feature entry whose rows or channels are out of order")
+    return numbers

@@ -136,11 +136,11 @@ class Layout:
     """In one row; the last group may be narrower than the others and is filled up."""
     n_outliers: int
     rows: int
-    """(n_raw,) int32, ascending: which rows are raw. Absent in codec ``raw``, where all are."""
+    """(n_raw,) uint32, ascending: which rows are raw. Absent in codec ``raw``, where all are."""
     raw: int
     """(n_raw, d) float32"""
     channels: int
-    """(n_outliers,) int32, ascending"""
+    """(n_outliers,) uint32, ascending"""
     outliers: int
     """(n, n_outliers) float16"""
     minima: int
