@@ -49,7 +49,7 @@ Step = Callable[[], None]
 
 
 def measure(options: Options) -> Iterator[Metric]:
-    rounds, n_steps = (2, 2) if options.quick else (9, 6)
+    rounds, n_steps = (2, 1) if options.quick else (25, 2)
     directory, _ = prepare(resolve(DEFAULT_MODEL), models_dir(), convert, lambda text, fraction: None)
     torch.set_num_threads(physical_cores())
     ids = AutoTokenizer.from_pretrained(directory)(TEXT).input_ids[:PROMPT_TOKENS]
@@ -94,7 +94,7 @@ def _measured(
                 },
             },
         )
-    yield from _against_peft(directory, made["qv"], ids, adapters["qv"], best, rounds, n_steps)
+    yield from _against_peft(directory, made["qv"], ids, adapters["qv"], best, rounds)
     for (precision, way), found in speeds.items():
         yield Metric(
             f"decode16_tok_s_{precision}_{way}", statistics.median(found), "tokens/s", detail=spread(found)
@@ -114,7 +114,7 @@ def _against_peft(
     ways: dict[str, Step] = {"ours": _ours(backbone, adapters, ids)}
     for name, dtype in THEIR_PRECISIONS.items():
         ways[f"peft_{name}"] = _peft(directory, made, ids, dtype)
-    measured = _take_turns(ways, max(rounds // 2, 2), max(n_steps // 2, 1))
+    measured = _take_turns(ways, max(rounds // 3, 2), 1)
     theirs = max((way for way in ways if way != "ours"), key=lambda way: statistics.median(measured[way]))
     ratios = _ratios(measured["ours"], measured[theirs])
     yield Metric(
@@ -168,7 +168,7 @@ def _peft(directory: Path, made: Path, ids: list[int], dtype: torch.dtype) -> St
                 tokens, adapter_names=names, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             output.logits[:, -1].argmax(-1).tolist()
-        cache.crop(len(ids))
+        cache.crop(-1)
 
     return step
 

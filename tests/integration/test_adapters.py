@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from node.compute.adapters.card import Card, digest_of, write_card
 from node.compute.adapters.facts import BackboneFacts
 from node.compute.adapters.files import load_adapter
 from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Segment
+from node.compute.backbone.deltas import Adapter, Delta, Up
 from node.compute.backbone.load import load_backbone
 from tests.reference.made_adapters import N_LAYERS, VOCABULARY, make_adapter, make_model, peft_logits
 
@@ -98,9 +99,27 @@ METHODS: dict[str, tuple[Any, int]] = {
 """Kind -> PEFT's configuration, and the first layer it changes."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp(request.param), request.param)
+WITH_BIASES = (
+    "lora on q and v",
+    "lora with trained biases",
+    "dora",
+    "dora with trained biases",
+    "lora with a bias of B",
+    "ia3",
+    "loha",
+    "lora on the head",
+)
+"""What has to mind the frozen biases, which Qwen2 has."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("qwen2"), "qwen2")
 
 
 def token_ids(n: int, seed: int = 5) -> list[int]:
@@ -124,8 +143,13 @@ def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_every_kind_gives_the_logits_of_transformers_and_peft(kind: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"), [*(("llama", kind) for kind in METHODS), *(("qwen2", kind) for kind in WITH_BIASES)]
+)
+def test_every_kind_gives_the_logits_of_transformers_and_peft(
+    family: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model: Path = request.getfixturevalue(family)
     config, first_layer = METHODS[kind]
     directory = make_adapter(tmp_path / "a", model, config)
     adapter = load_adapter(directory, BackboneFacts.of(model))
@@ -202,11 +226,6 @@ class TestClassifiers:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
 def many(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Adapters of several kinds, cuts and ranks, and none."""
     kinds = [
@@ -259,11 +278,11 @@ class TestManyAtOnce:
         mix = [*many, *many[1:5], None]
         prompts = [token_ids(3 + 2 * at, at) for at in range(len(mix))]
         sequences = [Sequence(backbone, a, p) for a, p in zip(mix, prompts, strict=True)]
-        for _ in range(12):
+        for _ in range(8):
             step(backbone, sequences)
         for sequence, adapter, prompt in zip(sequences, mix, prompts, strict=True):
-            assert sequence.tokens == alone(backbone, adapter, prompt, 12)
-        assert len({tuple(alone(backbone, adapter, prompts[0], 12)) for adapter in many}) > 6
+            assert sequence.tokens == alone(backbone, adapter, prompt, 8)
+        assert len({tuple(sequence.tokens) for sequence in sequences}) > 10
 
     def test_sequences_join_and_leave_without_a_trace(self, llama: Path, many: list[Any]) -> None:
         backbone = load_backbone(llama)
@@ -325,6 +344,49 @@ class TestManyAtOnce:
         segment = Segment(backbone.states(4), [1, 2], adapter, hidden=torch.zeros(2, 64), enters=4)
         with pytest.raises(AssertionError, match="above its first layer"):
             backbone.forward([segment])
+
+
+REAL_PROMPTS = [
+    "The capital of France is", "Once upon a time, in a village by the sea,", "def fibonacci(n):",
+    "To bake bread you need",
+]  # fmt: skip
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_on_real_texts_four_adapters_at_once_answer_as_each_alone(
+    precision: str, model_directory: Path
+) -> None:
+    """Greedy, token for token: whoever shares the pass may move the last bits of a logit, not the token."""
+    backbone: Any = load_backbone(model_directory, "cpu", precision)
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    prompts = [tokenizer(text).input_ids for text in REAL_PROMPTS]
+    adapters = [random_lora(f"a{at}", backbone, seed=at) for at in range(len(prompts))]
+    sequences = [Sequence(backbone, a, p) for a, p in zip(adapters, prompts, strict=True)]
+    for _ in range(10):
+        step(backbone, sequences)
+    for sequence, adapter, prompt in zip(sequences, adapters, prompts, strict=True):
+        assert sequence.tokens == alone(backbone, adapter, prompt, 10)
+    assert sequences[0].tokens != alone(backbone, None, prompts[0], 10), "they must change something"
+
+
+def random_lora(name: str, backbone: Any, seed: int, rank: int = 8) -> Adapter:
+    """On q and v of all layers, large enough to change answers."""
+    g = torch.Generator().manual_seed(seed)
+    d, q, kv = backbone.width, 576, 192
+
+    def delta() -> Delta:
+        a = torch.randn(2 * rank, d, generator=g) / d**0.5
+        return Delta(
+            a,
+            (
+                Up(0, torch.randn(q, rank, generator=g) * 0.3),
+                Up(q + kv, torch.randn(kv, rank, generator=g) * 0.1),
+            ),
+        )
+
+    deltas = {(layer, "qkv"): delta() for layer in range(backbone.n_layers)}
+    return Adapter(name, 0, 0, deltas, n_layers=backbone.n_layers)
 
 
 def test_adalora_after_its_ranks_were_pruned(llama: Path, tmp_path: Path) -> None:
