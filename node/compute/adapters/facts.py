@@ -71,7 +71,7 @@ class BackboneFacts:
             )
         d: int = config.hidden_size
         head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-        q, kv, mlp = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim, 0
+        q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         mlp = config.intermediate_size
         return cls(
             directory,
