@@ -135,9 +135,9 @@ def prove(backbone: Backbone, threads_max: int | None = None) -> Numerics:
     )
 
 
-# Lengths that leave the rows of a piece at odd places, and one that fills a pass.
+# Lengths that leave the rows of a piece at odd places, and one that fills a pass; tokens any vocabulary has.
 _LENGTHS = (1, 7, 48, 63, 100, PASS_ROWS)
-_PIECES = [[1 + (17 * row + 5 * length) % 90 for row in range(length)] for length in _LENGTHS]
+_PIECES = [[1 + (17 * row + 5 * length) % 30 for row in range(length)] for length in _LENGTHS]
 # (which piece, what is in the pass, where the piece stands among it)
 _PLACES = [
     (1, [_PIECES[0], _PIECES[1], _PIECES[2]], 1),
