@@ -19,7 +19,7 @@ from node.compute.messages import Ended, Run
 from node.compute.model_engine import ModelEngine
 from tests.reference.made_adapters import N_LAYERS, VOCABULARY, make_adapter, make_model
 
-__all__ = ["ADAPTERS", "Letters", "World", "drive", "run_of"]
+__all__ = ["ADAPTERS", "INVOCATION", "Letters", "World", "drive", "run_of"]
 
 INVOCATION = (150, 151)
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from mesh.errors import ConfigError
@@ -71,19 +72,19 @@ class Tuning:
             if self._job is None:
                 self._job = self._make(spec)
             event = self._job.step()
+            events: list[Event] = [self._progress(run, event.progress)]
         except ConfigError as error:
             del self._line[key]
             self._close()
             return [refused(run, str(error))]
-        except (OSError, MemoryError, RuntimeError) as error:
-            # A full disk or too little memory here; the other attempts of this process go on.
+        except Exception as error:
+            # A full disk, too little memory, or a fault of ours: the other attempts of this process go on.
             log.exception("tuning failed task=%s attempt=%d", run.task, run.attempt)
             del self._line[key]
             self._close()
             return [self._ended(run, started_at, "failed", f"tuning failed here: {error}"[:500])]
         if event.text:
             log.info("tuning task=%s %s", run.task, event.text)
-        events: list[Event] = [self._progress(run, event.progress)]
         if event.is_done:
             card = self._job.result
             assert card is not None
@@ -99,6 +100,8 @@ class Tuning:
 
     def _progress(self, run: Run, snapshot: Snapshot) -> Progress:
         self._seq += 1
+        # Sums of shares may exceed 1 in the last bit.
+        snapshot = replace(snapshot, fraction=min(1.0, snapshot.fraction))
         found: TaskProgress = snapshot.message(run.task, run.attempt, self._seq)
         return Progress(progress=found)
 
