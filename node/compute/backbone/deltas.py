@@ -37,8 +37,8 @@ Norm = Literal["attention", "mlp", "final"]
 # in all (padding every other adapter to its number of rows would cost more than it saves).
 _SHORT_ROWS = 4
 _SHARED_ROWS = 16
-# Layouts kept: of the batch as it is, and as it was before somebody joined or left. Each is a copy of the
-# matrices of the adapters in it.
+# Layouts kept: of the batch as it is, and as it was before somebody joined or left, or of those with a head
+# of their own. Each is a copy of the matrices of the adapters in it, beside what the shelf counts.
 _LAYOUTS_MAX = 2
 # Which row is whose; a few numbers each. A step has one for the pass and one for the head.
 _PLANS_MAX = 16
@@ -221,15 +221,17 @@ class _Shared:
         self._stacks: dict[tuple[int, Slot], tuple[_Stack, ...]] = {}
         self._norms: dict[tuple[int, Norm], tuple[Tensor, Tensor] | None] = {}
         self._seats: dict[tuple[int, ...], _Seats] = {}
-        layout = _recent(_layouts, self._members)
-        self._layout = layout if layout is not None else _keep(_layouts, self._members, {}, _LAYOUTS_MAX)
 
     def stacks(self, layer: int, slot: Slot) -> tuple[_Stack, ...]:
         found = self._stacks.get((layer, slot))
         if found is None:
-            laid = self._layout.get((layer, slot))
+            # Only here, so that a pass over norms alone pushes nobody's layout out.
+            layout = _recent(_layouts, self._members)
+            if layout is None:
+                layout = _keep(_layouts, self._members, {}, _LAYOUTS_MAX)
+            laid = layout.get((layer, slot))
             if laid is None:
-                laid = self._layout[layer, slot] = _lay_out(self._members, layer, slot)
+                laid = layout[layer, slot] = _lay_out(self._members, layer, slot)
             found = tuple(_Stack(part, self._seated(part.members)) for part in laid)
             self._stacks[layer, slot] = found
         return found
