@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mesh.errors import ConfigError
 from mesh.units import bytes_text
 from node.cli.options import REACH, Chosen, as_json, choose, settings_flags
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from node.faces.view import View
 
 __all__ = ["COMMANDS"]
+
+_MEASURE_TIMEOUT_S = 180  # two seconds of measuring, ten of importing; a busy machine takes its time
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,11 +130,14 @@ def _rounded(plain: Any) -> Any:
             return plain
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @as_json
 @settings_flags("state_dir")
-def models(is_json: bool, **flags: Any) -> None:
+@click.pass_context
+def models(context: click.Context, /, is_json: bool, **flags: Any) -> None:
     """List the models this device can serve, and which are here already."""
+    if context.invoked_subcommand is not None:
+        return
     from node.compute.models import list_models
     from node.faces.console import table_out
 
@@ -140,6 +148,76 @@ def models(is_json: bool, **flags: Any) -> None:
     sizes = [bytes_text(row.size_bytes) if row.size_bytes is not None else "–" for row in rows]
     table = [(row.name, row.state, size, row.display) for row, size in zip(rows, sizes, strict=True)]
     table_out(("name", "state", "size", "what it is"), table)
+
+
+@models.command("show")
+@click.argument("name", required=False)
+@click.option("--measure", is_flag=True, help="Measure each format's speed on this machine now (seconds).")
+@as_json
+@settings_flags("state_dir", "precision")
+def models_show(name: str | None, measure: bool, is_json: bool, **flags: Any) -> None:
+    """Show the weight formats of model NAME, and which one this device would load and why."""
+    from node.compute.backbone.precision import choose_precision, format_bytes, read_speeds
+    from node.compute.models import DEFAULT_MODEL, read_manifest, resolve
+    from node.faces.console import table_out
+    from node.profile import memory_free_bytes
+
+    chosen = choose(flags)
+    source = resolve(name or DEFAULT_MODEL)
+    home = chosen.state.models_dir / source.slug
+    if source.kind == "echo":
+        raise ConfigError("echo has no weights: name a model, as in `edgemesh models show smollm2-135m`")
+    if read_manifest(home) is None:
+        raise ConfigError(
+            f"{source.display} is not on this machine yet: "
+            f"`edgemesh up --model {name or source.name}` fetches it"
+        )
+    directory = source.path if source.kind == "directory" and source.path is not None else home
+    if measure:
+        _measure_speeds(directory, home)
+    speeds = read_speeds(home)
+    pinned = None if chosen.settings.precision == "auto" else chosen.settings.precision
+    choice = choose_precision(memory_free_bytes(), format_bytes(directory), speeds, pinned)
+    if is_json:
+        click.echo(json.dumps({"model": source.name, **asdict(choice)}))
+        return
+    table_out(
+        ("", "format", "needs", "tokens/s", "prompt tokens/s", "quality"),
+        [
+            (
+                "→" if row.precision == choice.precision else "",
+                row.precision,
+                bytes_text(row.needs_bytes) + ("" if row.fits else " (does not fit)"),
+                f"{row.speed.decode_tok_s:.0f}" if row.speed else "–",
+                f"{row.speed.prefill_tok_s:.0f}" if row.speed else "–",
+                row.note,
+            )
+            for row in choice.table
+        ],
+    )
+    click.echo(f"{choice.precision or 'nothing'}: {choice.reason}")
+    if not speeds:
+        click.echo("`edgemesh models show --measure` measures the formats on this machine", err=True)
+
+
+def _measure_speeds(directory: Path, home: Path) -> None:
+    """In a process of its own: commands do without torch, and it takes gigabytes for a moment.
+
+    Raises:
+        ConfigError: It did not end well; with its last line.
+    """
+    command = [sys.executable, "-P", "-m", "node.compute.backbone.speed", str(directory), str(home)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_MEASURE_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"measuring took more than {_MEASURE_TIMEOUT_S} s: close other programs and try again"
+        ) from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"the formats could not be measured: {last}")
 
 
 COMMANDS = (status, nodes, tasks, models)

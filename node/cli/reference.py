@@ -41,7 +41,7 @@ def _commands() -> Iterator[str]:
 
 
 def _walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group) or command is cli:
+    if not isinstance(command, click.Group) or command.invoke_without_command or command is cli:
         yield name, command
     if isinstance(command, click.Group):
         for child in sorted(command.commands):

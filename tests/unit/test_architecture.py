@@ -52,6 +52,7 @@ WITHOUT_TORCH = tuple(
         "tune/records",
         "adapters/card",
         "adapters/tensors",
+        "backbone/precision",
     )
 )
 """Files of the compute process that the node and the commands import, too: they start without torch."""

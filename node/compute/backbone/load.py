@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,10 +33,19 @@ def load_backbone(directory: Path, device: str = "cpu", precision: str = "fp32")
     """
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if LlamaBackbone.can_run(config):
-        return LlamaBackbone(directory, config, device, precision)
+        backbone = LlamaBackbone(directory, config, device, precision)
+        _give_back()
+        return backbone
     if precision in ("int8", "int4"):
         raise ConfigError(
             f"{config.model_type} models have no {precision} weights here, only the Llama family has "
             "(Llama, Mistral, Qwen2): choose --precision fp32 or bf16"
         )
     return GenericBackbone(directory, device, precision)
+
+
+def _give_back() -> None:
+    """What quantizing needed for a moment: glibc would keep it (measured: 0.3 GB after loading in 4 bits)."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
