@@ -213,9 +213,10 @@ def test_room_is_taken_by_those_who_fit_and_the_others_wait(world: World) -> Non
 def test_a_model_of_another_family_answers_and_refuses_adapters_by_name(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     generic = GenericBackbone(model, "cpu", torch.float32)
-    engine = ModelEngine(("other",), generic, Letters(), why_plain="a model of type 'other' has none")  # type: ignore[arg-type]
+    why = "a model of type 'other' has none"
+    engine = ModelEngine(("other",), generic, Tokens(model), why_plain=why)
     ended = drive(
-        engine, {"a": {"prompt": "hello", "max_tokens": 5}, "b": {"prompt": "x", "adapter": "poet"}}
+        engine, {"a": {"prompt": "w1 w2", "max_tokens": 5}, "b": {"prompt": "x", "adapter": "poet"}}
     )
     assert ended["a"].state == "done" and ended["a"].n_tokens > 0
     assert ended["b"].state == "rejected" and "'poet'" in str(ended["b"].reason)

@@ -13,6 +13,10 @@ from node.compute.serve.prefixes import Prefixes, Reading
 
 __all__ = ["Sequence"]
 
+# Rows that join at a cut meet few weights, and beyond this many their own values leave the processor's cache
+# (2,000 of them through the top 4 layers of SmolLM2: 0.95 s by 512 or 256, 1.05 s at once).
+_ENTERING_ROWS_MAX = 512
+
 
 class Sequence:
     """Tokens, where they are in the model, and what of them comes back.
@@ -93,7 +97,7 @@ class Sequence:
         at = self.n_read
         if self.reading is not None and self.reading.n_entering:
             above = n_layers - self.reading.enters
-            n = min(self.reading.n_entering, max(1, n_rows * n_layers // above))
+            n = min(self.reading.n_entering, _ENTERING_ROWS_MAX, max(1, n_rows * n_layers // above))
             hidden = self.reading.take_entering(n)
             segment = Segment(
                 self._states, self.ids[at : at + n], self.adapter_at(at), hidden, self.reading.enters, 0
