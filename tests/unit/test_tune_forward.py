@@ -27,7 +27,7 @@ from node.compute.tune.batches import rows_per_piece
 from node.compute.tune.forward import Layout, TopPass
 from node.compute.tune.frozen import FrozenNorm
 from node.compute.tune.methods import METHODS, adapt
-from node.compute.tune.top_model import check_cut, load_top, read_config, top_bytes
+from node.compute.tune.top_model import check_cut, load_top, read_config, top_bytes, weights_of_row
 from tests.tiny import tiny_llama
 
 LAYERS, CUT, LABELS = 5, 3, 3
@@ -224,5 +224,9 @@ def test_the_norms_gradient_is_autograds() -> None:
     torch.testing.assert_close(ours, (x.grad, norm.weight.grad))
 
 
-def test_pieces_shrink_as_models_grow() -> None:
-    assert rows_per_piece(3_500_000) > rows_per_piece(60_000_000) >= 32
+def test_pieces_shrink_as_models_grow(model: Path) -> None:
+    assert rows_per_piece(10_000_000) > rows_per_piece(60_000_000) > rows_per_piece(10**9) == 32
+    config = read_config(model)
+    of_classifier = [weights_of_row(config, k, "classify") for k in (1, 2, 3)]
+    assert of_classifier[2] - of_classifier[1] == top_bytes(config, 1, "classify") // 4
+    assert of_classifier[0] < weights_of_row(config, 1, "lm")

@@ -5,7 +5,8 @@ Attention alone needs texts side by side: texts of like length share a padded gr
 only what is read afterwards: keys and values of all rows, everything else of the wanted rows. That is
 exact, because a row that nobody reads has no gradient either.
 
-Every submodule is *called* (``layer.self_attn.q_proj(x)``), so any method that wraps modules works.
+Every submodule is *called*, so any method that wraps modules works; plain LoRA by a shorter way to the same
+result (``node.compute.tune.lowrank``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from node.compute.tune.lowrank import call
 
 __all__ = ["Layout", "TopPass"]
 
@@ -122,7 +125,10 @@ class TopPass:
     def _rotary(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Shapes: two of (rows, 1, head_dim)."""
         cos, sin = self._body.rotary_emb(x, layout.positions[None])
-        return cos[0][:, None], sin[0][:, None]
+        sin = sin[0][:, None]
+        # Half of what turns is negated; the sign is kept in the table instead.
+        half = sin.shape[-1] // 2
+        return cos[0][:, None], torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
     def _layer(
         self, index: int, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], *, is_last: bool
@@ -134,18 +140,18 @@ class TopPass:
         of_read = of_all
         (cos, sin), head_dim = rotary, self._head_dim
         normed = layer.input_layernorm(x)
-        k = _rotated(attention.k_proj(normed, **of_all).unflatten(-1, (-1, head_dim)), cos, sin)
-        v = attention.v_proj(normed, **of_all).unflatten(-1, (-1, head_dim))
+        k = _rotated(call(attention.k_proj, normed, **of_all).unflatten(-1, (-1, head_dim)), cos, sin)
+        v = call(attention.v_proj, normed, **of_all).unflatten(-1, (-1, head_dim))
         if is_pruned:
             x, normed, cos, sin = (part[layout.wanted] for part in (x, normed, cos, sin))
             if layout.active is not None:
                 of_read = {"alora_offsets": [layout.active[at] for at in layout.wanted.tolist()]}
-        q = _rotated(attention.q_proj(normed, **of_read).unflatten(-1, (-1, head_dim)), cos, sin)
+        q = _rotated(call(attention.q_proj, normed, **of_read).unflatten(-1, (-1, head_dim)), cos, sin)
         attended = _attended(q, k, v, layout, is_pruned=is_pruned)
-        x = x + attention.o_proj(attended, **of_read)
+        x = x + call(attention.o_proj, attended, **of_read)
         normed = layer.post_attention_layernorm(x)
-        gate, up = mlp.gate_proj(normed, **of_read), mlp.up_proj(normed, **of_read)
-        result: Tensor = x + mlp.down_proj(F.silu(gate) * up, **of_read)
+        gate, up = call(mlp.gate_proj, normed, **of_read), call(mlp.up_proj, normed, **of_read)
+        result: Tensor = x + call(mlp.down_proj, F.silu(gate) * up, **of_read)
         return result
 
 
@@ -182,9 +188,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, is_pruned: boo
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions as ``transformers`` applies them. Shapes: x (rows, heads, head_dim)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def _grouped(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

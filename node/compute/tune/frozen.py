@@ -2,8 +2,7 @@
 
 Linear layers are PyTorch's own. oneDNN's packed layout, which the serving pass uses, was measured for
 training as well (layers of SmolLM2, AMD, two cores, forward / backward in GFLOP/s): 113 / 106 against 99 /
-107 at 200 rows, 75 / 75 against 82 / 84 at 640. That is not worth two more copies of every weight, and
-pieces of some 200 rows are worth more than any layout.
+107 at 200 rows, 75 / 75 against 82 / 84 at 640. That is not worth two more copies of every weight.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from node.compute.tune.methods import adapt, check_method
 from node.compute.tune.records import Records, read_file, read_records, same_labels
 from node.compute.tune.source import MapsFactory
 from node.compute.tune.sync import replace_directory
-from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes
+from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes, weights_of_row
 from node.compute.tune.trainer import Recipe, Trainer
 from node.profile import memory_free_bytes
 
@@ -527,7 +527,7 @@ def training_bytes(config: Any, top_layers: int, kind: Kind, rank: int) -> int:
     weights = top_bytes(config, top_layers, kind)
     # Weight, gradient and two moments of A and B on seven matrices a layer.
     adapter = 16 * top_layers * rank * (8 * d + 3 * (d + d_mlp))
-    n_rows = rows_per_piece(top_bytes(config, top_layers, "classify") // 4)
+    n_rows = max(512, rows_per_piece(weights_of_row(config, top_layers, kind)))  # one text may be longer
     # Counted in the pass: 12 rows of width d and 6 of the MLP's are kept a layer, twice while they go back.
     rows = 4 * 2 * n_rows * top_layers * (12 * d + 6 * d_mlp)
     logits = 4 * 3 * n_rows * config.vocab_size if kind == "lm" else 0

@@ -21,7 +21,7 @@ from node.compute.backbone.llama import LlamaBackbone
 from node.compute.backbone.weights import Weights
 from node.compute.tune.frozen import Absent, FrozenNorm, frozen_linear
 
-__all__ = ["Kind", "check_cut", "load_top", "read_config", "top_bytes"]
+__all__ = ["Kind", "check_cut", "load_top", "read_config", "top_bytes", "weights_of_row"]
 
 Kind = Literal["classify", "lm"]
 """A head of labels on the last row, or the model's own head on every labelled row."""
@@ -64,12 +64,28 @@ def check_cut(config: Any, top_layers: int) -> int:
 
 def top_bytes(config: Any, top_layers: int, kind: Kind) -> int:
     """What the weights of the top take, in float32."""
+    _, layer = _weights_of_layer(config)
+    return int(4 * (top_layers * layer + _weights_of_head(config, kind)))
+
+
+def weights_of_row(config: Any, top_layers: int, kind: Kind) -> int:
+    """Numbers in the matrices that a row meets on its way. Of a classifier's last layer, most rows meet
+    keys and values only; in a language model, any row may be one to learn from."""
+    keys_values, layer = _weights_of_layer(config)
+    last = keys_values if kind == "classify" else layer
+    return int((top_layers - 1) * layer + last + _weights_of_head(config, kind))
+
+
+def _weights_of_layer(config: Any) -> tuple[int, int]:
+    """In the matrices of keys and values, and in all."""
     d, d_mlp = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    layer = 2 * d * head_dim * (heads + kv_heads) + 3 * d * d_mlp
-    head = config.vocab_size * d if kind == "lm" else 0
-    return int(4 * (top_layers * layer + head))
+    keys_values = 2 * d * head_dim * config.num_key_value_heads
+    return keys_values, keys_values + 2 * d * head_dim * config.num_attention_heads + 3 * d * d_mlp
+
+
+def _weights_of_head(config: Any, kind: Kind) -> int:
+    return int(config.vocab_size * config.hidden_size) if kind == "lm" else 0
 
 
 def load_top(directory: Path, cut: int, kind: Kind, n_labels: int = 0) -> nn.Module:
