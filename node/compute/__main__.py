@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,6 +25,13 @@ from typing import Any
 
 from mesh.errors import ConfigError, DecodeError, UnreachableError
 from mesh.units import bytes_text
+from node.compute.backbone.precision import (
+    AROUND_BYTES,
+    PRECISIONS,
+    choose_precision,
+    format_bytes,
+    read_speeds,
+)
 from node.compute.echo import EchoEngine
 from node.compute.engine import Engine, Event
 from node.compute.messages import (
@@ -47,9 +53,6 @@ from node.profile import memory_free_bytes, physical_cores
 __all__ = ["main"]
 
 Say = Callable[[object], None]
-
-# Beside the weights: interpreter, torch and tokenizer 0.4 GB (measured), buffers and states 0.2 GB.
-RUNTIME_BYTES = 600_000_000
 
 # Reading a GGUF holds the weights twice for a moment (measured: 1.55 GB for 0.54 GB of weights).
 CONVERT_FACTOR = 2
@@ -192,21 +195,25 @@ def _load(load: Load, say: Say) -> _Loaded:
         say(Loading(text=text, fraction=fraction))
 
     directory, manifest = prepare(source, Path(load.models_dir), _convert, progress)
-    needs = _loaded_bytes(directory, manifest.weight_bytes, load.precision)
-    _check_memory(f"loading {source.display}", needs)
+    home = Path(load.models_dir) / source.slug
+    _choose(load, directory, home)  # what cannot fit is refused before two seconds of importing
     progress(f"loading {source.display}", 0.0)
 
     import torch
+    from transformers import AutoConfig
 
     from node.compute.assembly import model_engine
+    from node.compute.backbone.llama import LlamaBackbone
     from node.compute.backbone.load import best_device, load_backbone
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
     progress(f"loading {source.display}", 0.4)
-    precision = "fp32" if load.precision == "auto" else load.precision
-    reason = "" if load.precision == "auto" else "as the operator said"
-    backbone = load_backbone(directory, best_device(), precision)
+    device = best_device()
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    formats = PRECISIONS if LlamaBackbone.can_run(config) else ("fp32", "bf16", "fp16")
+    precision, reason = _choose(load, directory, home, on_cpu=device == "cpu", formats=formats)
+    backbone = load_backbone(directory, device, precision)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
     engine = model_engine(load, names, directory, manifest.weights_sha256, backbone, threads)
@@ -219,10 +226,29 @@ def _load(load: Load, say: Say) -> _Loaded:
     )
 
 
+def _choose(
+    load: Load, directory: Path, home: Path, *, on_cpu: bool = True, formats: Sequence[str] = PRECISIONS
+) -> tuple[str, str]:
+    """The format of the weights, and why.
+
+    Raises:
+        _NoMemoryError: None that may be chosen fits into memory now; the text has the numbers.
+        ConfigError: The operator's format is not there for this model.
+    """
+    pinned = None if load.precision == "auto" else load.precision
+    if pinned is not None and pinned not in formats:
+        raise ConfigError(f"no {pinned} weights for this kind of model: choose one of {', '.join(formats)}")
+    sizes = {name: size for name, size in format_bytes(directory, on_cpu).items() if name in formats}
+    choice = choose_precision(memory_free_bytes(), sizes, read_speeds(home), pinned)
+    if choice.precision is None:
+        raise _NoMemoryError(f"loading {directory.name}: {choice.reason}")
+    return choice.precision, choice.reason
+
+
 def _convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -> None:
     if source.name in CATALOGUE:
         weight_bytes = CATALOGUE[source.name].weight_bytes
-        _check_memory(f"converting {source.display}", CONVERT_FACTOR * weight_bytes + RUNTIME_BYTES)
+        _check_memory(f"converting {source.display}", CONVERT_FACTOR * weight_bytes + AROUND_BYTES)
     progress(f"converting {source.display}", 0.0)
     from node.compute.convert import convert
 
@@ -236,14 +262,6 @@ def _check_memory(what: str, needed_bytes: int) -> None:
             f"{what} needs {bytes_text(needed_bytes)}, {bytes_text(free_bytes)} free: close other programs, "
             "choose a smaller model, or run this node with --no-compute"
         )
-
-
-def _loaded_bytes(directory: Path, file_bytes: int, precision: str) -> int:
-    """Memory for the weights in ``precision``, whatever type the file has, and all around them."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    stored_bytes = 2 if stored in ("bfloat16", "float16") else 4
-    return file_bytes * (2 if precision == "bf16" else 4) // stored_bytes + RUNTIME_BYTES
 
 
 def _stand_back() -> None:

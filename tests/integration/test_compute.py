@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from coordinator.facts import (
     StartAttempt,
     StopAttempt,
 )
-from mesh.errors import DecodeError
+from mesh.errors import ConfigError, DecodeError
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, Submit
 from node import worker as worker_module
@@ -270,11 +272,48 @@ def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch: pyt
     compute_module._check_memory("loading Small", 500 * 2**20)
 
 
-def test_memory_is_counted_in_the_precision_computed_with_and_not_the_file_s(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
-    assert compute_module._loaded_bytes(tmp_path, 1000, "fp32") == 2000 + compute_module.RUNTIME_BYTES
-    (tmp_path / "config.json").write_text('{"torch_dtype": "float32"}')
-    assert compute_module._loaded_bytes(tmp_path, 1000, "bf16") == 500 + compute_module.RUNTIME_BYTES
+def a_model(directory: Path, n: int = 1000) -> Path:
+    """The headers of a model's files, which is all that is looked at before loading."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    shapes = {"model.layers.0.mlp.up_proj.weight": [1024 * n, 1024]}
+    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "wanted", "given"),
+    [
+        (8000, "auto", "fp32"),
+        (3000, "auto", "bf16"),
+        (1700, "auto", "int8"),
+        (8000, "int4", "int4"),
+    ],
+)
+def test_the_most_exact_weights_that_fit_are_loaded_or_what_the_operator_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mib: int, wanted: Any, given: str
+) -> None:
+    monkeypatch.setattr(compute_module, "memory_free_bytes", lambda: free_mib * 2**20)
+    told = replace(load("x", tmp_path), precision=wanted)
+    precision, reason = compute_module._choose(told, a_model(tmp_path / "m"), tmp_path)
+    assert precision == given and reason
+
+
+@pytest.mark.parametrize(("wanted", "says"), [("auto", "even int4 needs"), ("fp32", "fp32 needs")])
+def test_weights_that_do_not_fit_are_refused_with_both_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: Any, says: str
+) -> None:
+    monkeypatch.setattr(compute_module, "memory_free_bytes", lambda: 600 * 2**20)
+    told = replace(load("x", tmp_path), precision=wanted)
+    with pytest.raises(compute_module._NoMemoryError, match=rf"{says}.*, 600 MiB free.*smaller model"):
+        compute_module._choose(told, a_model(tmp_path / "m"), tmp_path)
+
+
+def test_a_format_this_kind_of_model_does_not_have_is_the_operator_s_to_change(tmp_path: Path) -> None:
+    told = replace(load("x", tmp_path), precision="int8")
+    with pytest.raises(ConfigError, match="choose one of fp32, bf16"):
+        compute_module._choose(told, a_model(tmp_path / "m"), tmp_path, formats=("fp32", "bf16"))
 
 
 def test_a_frame_longer_than_any_message_is_refused_before_it_is_read() -> None:
