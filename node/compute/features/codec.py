@@ -47,7 +47,7 @@ __all__ = ["CODECS", "Choice", "Codec", "choose_codec"]
 # none, or zeros) would have scales below the finest step of one. Both stay raw.
 _LONGEST, _SHORTEST = 60_000.0, 1e-3
 # Rows worked on at once: scratch of 2.4 MB at d = 576 stays in the cache from one operation to the next,
-# while starting an operation (some 2 µs, 25 times) is paid rarely.
+# while the price of starting an operation is paid rarely.
 _CHUNK_ROWS = 1024
 # What arithmetic in float32 adds to half a scale, as a share of the largest number in the group.
 _FLOAT_SLACK = 2.0**-21
@@ -254,7 +254,7 @@ CODECS: dict[str, Codec] = {"raw": _Raw(), "int8": _Grouped("int8"), "int4": _Gr
 
 # ── which one ───────────────────────────────────────────────────────────────────────────────────────
 
-# Certified error (99 of 100 rows) of hidden states of SmolLM2-135M at layers 22 to 28, rounded up; and the
+# Certified error (99 of 100 rows) of hidden states of SmolLM2-135M at layers 22 and 26, rounded up; and the
 # share of the raw bytes that is left. ``tests.benchmarks.codec`` prints both.
 _USUAL_ERROR = {"raw": 0.0, "int8": 0.03, "int4": 0.25}
 _SHARE = {"raw": 1.0, "int8": 0.27, "int4": 0.15}

@@ -22,8 +22,8 @@ from node.compute.backbone.contract import Backbone, Segment
 
 __all__ = ["PASS_ROWS", "Numerics", "Piece", "filled", "numerics_string", "packed", "prove"]
 
-# Rows of one pass. More rows make a product hardly faster, and one pass of a small model through most of
-# its layers takes 0.2 to 0.3 s as it is: after it the engine looks whether somebody waits.
+# Rows of one pass: as many as the piece of a prompt that the engine reads between two looks at whether
+# somebody waits.
 PASS_ROWS = 256
 _PROOF_LAYERS = 2  # all layers are alike
 
@@ -57,7 +57,7 @@ def packed(lengths: Sequence[int], is_packed: bool = True) -> Iterator[list[Piec
     """The pieces of each pass, for texts of ``lengths`` tokens; pieces of one text come in their order.
 
     Whole pieces fill a pass by themselves. What is left of each text is placed longest first into the pass
-    where it leaves least room (best fit decreasing, at most 22 % above the optimum and usually under 3 %).
+    where it leaves least room (best fit decreasing, at most 22 % above the optimum).
     """
     rest = []
     for text, length in enumerate(lengths):
