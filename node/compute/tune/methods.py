@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mesh.errors import ConfigError
+from node.compute.tune.head_start import pool_patterns
 
 __all__ = ["METHODS", "Method", "adapt", "check_method"]
 
@@ -40,6 +41,8 @@ class _Wish:
     invocation: tuple[int, ...] | None
     width: int
     pattern: Callable[[Sequence[str]], str]
+    patterns: Callable[[float], tuple[dict[str, int], dict[str, float]]]
+    """LoRA's ranks and alphas of single modules, from the alpha of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,17 @@ class Method:
 def _lora(**extra: Any) -> Build:
     def build(wish: _Wish) -> Any:
         alpha = 2 * wish.rank if wish.alpha is None else wish.alpha
-        return peft.LoraConfig(r=wish.rank, lora_alpha=_whole(alpha), lora_dropout=0.0, **extra, **wish.where)
+        # A classifier starts with a pool in its last layer, which takes more rank on two matrices.
+        ranks, alphas = wish.patterns(alpha)
+        return peft.LoraConfig(
+            r=wish.rank,
+            lora_alpha=_whole(alpha),
+            lora_dropout=0.0,
+            rank_pattern=ranks,
+            alpha_pattern={name: _whole(value) for name, value in alphas.items()},
+            **extra,
+            **wish.where,
+        )
 
     return build
 
@@ -212,7 +225,11 @@ def adapt(
         where = {"target_modules": list(chosen), "layers_to_transform": list(layers)}
     where["task_type"] = "SEQ_CLS" if task == "classify" else "CAUSAL_LM"
     width = int(model.config.hidden_size)
-    wish = _Wish(where, chosen, rank, alpha, seed, invocation, width, pattern)
+
+    def patterns(of_others: float) -> tuple[dict[str, int], dict[str, float]]:
+        return pool_patterns(model.config, known, task, chosen, rank, of_others)
+
+    wish = _Wish(where, chosen, rank, alpha, seed, invocation, width, pattern, patterns)
     # PEFT starts weights from torch's global source; it is put back, whoever else uses it.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # On what PEFT cannot know here: BOFT's CUDA kernel, which a CPU does not need, and norms of ours.
