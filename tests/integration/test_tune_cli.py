@@ -21,6 +21,8 @@ from node.local_mesh import LocalMesh, NodeProcess
 from tests.integration.meshes import local_mesh
 from tests.tiny import WORDS, tiny_llama
 
+pytestmark = pytest.mark.timeout(300)  # each starts a node with torch in it, one of them twice
+
 LONG_S = 110.0  # a bound on waiting, not a wait: torch alone takes a loaded machine ten seconds
 LABELS = ("land", "sea")
 
@@ -200,7 +202,7 @@ async def test_a_tuning_task_ends_at_its_deadline_and_when_its_client_has_enough
     data.write_text(records(32))
     async with local_mesh(tmp_path / "state", 1, model=str(tiny)) as mesh:
         code, out, err = await mesh.run(*tune(data, "late", "--epochs", "9999", "--deadline", "3"))
-        assert code == 6 and "its deadline of 3.0 s passed" in err
+        assert code == 6 and "its deadline of 3" in err
 
         command = await started(mesh, *tune(data, "enough", "--epochs", "9999"))
         await line_where(command, lambda one: one.get("phase") == "training")
