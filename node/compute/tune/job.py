@@ -408,9 +408,8 @@ class TuneJob:
             seed=spec.seed,
             invocation=tuple(invocation) or None,
         )
-        n_rows = rows_per_piece(
-            top_bytes(self._config, self._config.num_hidden_layers - cut, "classify") // 4
-        )
+        top_layers = self._config.num_hidden_layers - cut
+        n_rows = rows_per_piece(weights_of_row(self._config, top_layers, self._kind))
         return Trainer(
             wrapped, cut, self._kind, examples, read, recipe, n_rows, is_activated=spec.method == "alora"
         )
