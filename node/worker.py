@@ -148,7 +148,14 @@ class ComputeWorker:
                     self._finish(assign, _lost(assign, f"no model is loaded: {self.activity}"))
                     return
                 self._running[assign.task, assign.attempt] = assign
-                self._say(Run(task=assign.task, attempt=assign.attempt, submit=assign.submit))
+                self._say(
+                    Run(
+                        task=assign.task,
+                        attempt=assign.attempt,
+                        submit=assign.submit,
+                        budget_s=assign.budget_s,
+                    )
+                )
             case StopAttempt(task=task, attempt=attempt, reason=reason):
                 if (task, attempt) in self._running:
                     self._say(Stop(task=task, attempt=attempt, reason=reason))

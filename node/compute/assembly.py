@@ -52,8 +52,10 @@ class _Jobs:
         self._threads = threads
         self._source: FeatureSource | None = None
 
-    def job(self, spec: TuneSpec) -> TuneJob:
-        """Raises:
+    def job(self, spec: TuneSpec, deadline_s: float | None) -> TuneJob:
+        """``deadline_s``: seconds left for it.
+
+        Raises:
         ConfigError: The task cannot be done as asked.
         """
         load, features = self._load, Path(self._load.features_dir)
@@ -76,6 +78,7 @@ class _Jobs:
             maps_factory=self._source,
             datasets_dir=Path(load.datasets_dir),
             threads=self._threads,
+            deadline_s=deadline_s,
         )
 
 

@@ -70,6 +70,8 @@ class Run:
     task: TaskId
     attempt: int
     submit: Submit
+    budget_s: float | None = None
+    """What is left of the deadline now, ``None`` without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

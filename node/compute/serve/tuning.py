@@ -28,7 +28,8 @@ class Job(Protocol):
     def close(self) -> None: ...
 
 
-MakeJob = Callable[[TuneSpec], Job]
+MakeJob = Callable[[TuneSpec, float | None], Job]
+"""What to train, and the seconds left for it, ``None`` = no hurry."""
 
 
 class Tuning:
@@ -70,7 +71,9 @@ class Tuning:
         assert spec is not None, "the submission has been checked"
         try:
             if self._job is None:
-                self._job = self._make(spec)
+                waited_s = self._clock() - started_at
+                left_s = None if run.budget_s is None else max(0.0, run.budget_s - waited_s)
+                self._job = self._make(spec, left_s)
             event = self._job.step()
             events: list[Event] = [self._progress(run, event.progress)]
         except ConfigError as error:
