@@ -33,8 +33,21 @@ GROUP = 32
 """Weights of one row that share a scale and a zero in 4 bits."""
 
 _DIGIT = 63  # the largest magnitude of one digit
-_LOW = 2 * _DIGIT  # what the low digit is divided by: a rest is at most half a unit of the high one
 _SMALLEST = 1e-30  # scale of a row of zeros
+
+# The low digit is 126 times the rest, which is at most half a unit of the high one; the kernel rounds its
+# input as ``round`` does. TorchScript, because for one row a dozen small operations called from Python take
+# half as long as the product between them (measured: 157 µs a call, 108 as script, 97 the product alone).
+_IN_DIGITS = """
+def in_digits(x: Tensor, packed: __torch__.torch.classes.quantized.LinearPackedParamsBase) -> Tensor:
+    scale = x.abs().amax([-1], True).mul_(0.015873015873015872).clamp_min_(1e-30)
+    high = x / scale
+    both = torch.cat([high, (high - high.round()).mul_(126.0)])
+    products = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, 63, packed)
+    highs, lows = products.chunk(2)
+    return highs.add_(lows, alpha=0.007936507936507936).mul_(scale)
+"""
+
 _OUTPUTS_AT_ONCE = 4096  # outputs whose weights are float32 at once: loading must not need the whole head
 _ROWS_BLOCK = 16  # rows of one product where sums depend on how many there are
 
@@ -65,14 +78,8 @@ class Int8Linear:
         return y if self._bias is None else y.add_(self._bias)
 
     def _digits(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return self._digits(x.float()).to(x.dtype)
-        scale = x.abs().amax(-1, keepdim=True).mul_(1 / _DIGIT).clamp_min_(_SMALLEST)
-        high = x / scale  # rounded by the kernel, as ``round`` does
-        both = torch.cat((high, (high - high.round()).mul_(_LOW)))
-        products = _PRODUCT(both, 1.0, _DIGIT, self._packed)
-        high, low = products.chunk(2)
-        return high.add_(low, alpha=1 / _LOW).mul_(scale)
+        y: Tensor = _in_digits()(x.float(), self._packed)
+        return y.to(x.dtype)
 
     def _codes_as(self, dtype: torch.dtype) -> Tensor:
         assert self._weight is not None
@@ -179,6 +186,12 @@ def int8_kernel() -> str:
 def _has_int4() -> bool:
     """x86 only: measured there; elsewhere the operation may be a slow reference."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+@cache
+def _in_digits() -> Any:
+    """``in_digits`` compiled; once, and not before somebody needs it."""
+    return torch.jit.CompilationUnit(_IN_DIGITS).in_digits
 
 
 def _pack(codes: Tensor, scales: Tensor) -> Any:
