@@ -7,6 +7,7 @@ and the answers come through the same client as ``edgemesh run``.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import sys
@@ -17,9 +18,10 @@ from random import SystemRandom
 
 from mesh.errors import TaskError
 from mesh.ids import MeshName, NodeId, new_task_id
-from mesh.messages import Submit, TaskResult, TaskStatus, TaskTokens
+from mesh.messages import Submit, TaskProgress, TaskResult, TaskStatus, TaskTokens, TuneSpec
 from mesh.units import seconds_text
 from node.client import TASK_ROWS, connected, submit
+from node.faces.tuning import bar, card_words, progress_words
 from node.local_mesh import Event, LocalMesh, NodeProcess
 from node.settings import Settings
 from node.state import StateDir
@@ -35,6 +37,33 @@ QUESTIONS = (
     "Name three large rivers in Europe.",
     "Write one sentence about the sea.",
 )
+# What one might say to a house, and what it is about: enough to learn from in seconds.
+LESSONS = {
+    "light": (
+        "It is too dark in here, I cannot read.",
+        "Turn on the lamp beside the sofa.",
+        "Dim the lamps, we are watching a film.",
+        "Switch off every lamp upstairs.",
+        "Make the hall brighter.",
+    ),
+    "heating": (
+        "I am freezing, warm up the room.",
+        "Set the radiator to twenty degrees.",
+        "It is too hot in here, turn the radiator down.",
+        "Keep the bathroom warm until nine.",
+        "The bedroom is cold at night.",
+    ),
+    "music": (
+        "Play some jazz in the kitchen.",
+        "Skip this song, please.",
+        "Turn the volume down, the song is too loud.",
+        "Put on my favourite album.",
+        "Stop the radio.",
+    ),
+}
+EXAM = ("My fingers are cold.", "I want to hear a song.", "Why is it so dark on the stairs?")
+ADAPTER = "demo-house"
+
 LONG_QUESTION = "Tell me a short story about a lighthouse keeper and a storm."
 
 
@@ -104,13 +133,15 @@ async def _run(state_dir: Path, model: str, keep: bool) -> int:
         paper.title("3  Questions, answered by whoever is free")
         for question in QUESTIONS:
             await _ask(settings, paper, question, n_tokens=60)
-        paper.title("4  The plug is pulled: the coordinator dies in the middle of an answer")
+        paper.title(f"4  The mesh learns: {sum(map(len, LESSONS.values()))} sentences about a house")
+        await _teach(settings, paper)
+        paper.title("5  The plug is pulled: the coordinator dies in the middle of an answer")
         await _pull_the_plug(mesh, settings, paper)
         if keep:
             paper.title(f"The mesh stays up. Try:  EDGEMESH_STATE_DIR={state_dir} EDGEMESH_MESH={MESH} "
                         "EDGEMESH_INTERFACES=lo edgemesh status      (Ctrl-C ends it)")  # fmt: skip
             await asyncio.Event().wait()
-        paper.title("5  Everybody leaves")
+        paper.title("6  Everybody leaves")
         codes = await asyncio.gather(*(node.stop() for node in mesh.running))
         paper.line(f"{len(codes)} nodes said goodbye (exit codes {', '.join(map(str, codes))})")
         if any(codes):
@@ -188,6 +219,50 @@ async def _ask(
                 case TaskStatus():
                     pass
     raise TaskError("the question was not answered")
+
+
+async def _teach(settings: Settings, paper: _Paper) -> None:
+    """Train a small classifier on top of the model, then ask it about sentences it has not seen."""
+    shutil.rmtree(StateDir(settings.state_dir).adapters_dir / ADAPTER, ignore_errors=True)
+    lines = [{"text": text, "label": label} for label, texts in LESSONS.items() for text in texts]
+    spec = TuneSpec(
+        adapter=ADAPTER,
+        task="classify",
+        data="\n".join(map(json.dumps, lines)),
+        top_layers=2,
+        epochs=5,
+        batch=5,
+    )
+    result = await _end_of(settings, paper, Submit(kind="tune", tune=spec, id=new_task_id(SystemRandom())))
+    assert result.output is not None and result.output.adapter is not None, (
+        "a done tuning task has its adapter"
+    )
+    paper.line(f"{result.node}  {card_words(result.output.adapter)}, after {seconds_text(result.service_s)}")
+    request = Submit(kind="classify", texts=list(EXAM), adapter=ADAPTER, id=new_task_id(SystemRandom()))
+    output = (await _end_of(settings, paper, request)).output
+    assert output is not None, "a done classify task has its output"
+    for text, label, scores in zip(EXAM, output.labels, output.scores, strict=True):
+        paper.line(f"“{text}”  is about  {label}  ({max(scores):.0%} sure)")
+
+
+async def _end_of(settings: Settings, paper: _Paper, request: Submit) -> TaskResult:
+    """The result of a task, which is done; what a tuning task says on its way is passed on now and then."""
+    said = ""
+    async with connected(settings, StateDir(settings.state_dir), TASK_ROWS, task=request.id) as client:
+        async for news in submit(client, request):
+            match news:
+                case TaskProgress(fraction=fraction):
+                    words = f"{news.phase} {news.epoch}"
+                    if words != said:
+                        said = words
+                        paper.line(f"{bar(fraction, 12)} {fraction:4.0%}  {progress_words(news)}")
+                case TaskResult(state="done"):
+                    return news
+                case TaskResult() | TaskStatus(state="rejected"):
+                    raise TaskError(f"the {request.kind} task ended as {news.state}: {news.reason}")
+                case _:
+                    pass
+    raise TaskError(f"the {request.kind} task was not answered")
 
 
 async def _pull_the_plug(mesh: LocalMesh, settings: Settings, paper: _Paper) -> None:

@@ -33,7 +33,7 @@ def progress_words(progress: TaskProgress) -> str:
         words.append(f"loss {progress.loss:.3g}")
     if progress.metric is not None:
         words.append(f"evaluation {progress.metric:.3g}")
-    if progress.eta_s is not None:
+    if progress.eta_s:
         words.append(f"{seconds_text(progress.eta_s)} left")
     blocks = progress.cache_hits + progress.cache_misses
     if blocks:
@@ -53,7 +53,7 @@ def short_words(progress: TaskProgress) -> str:
     words = [epoch if is_training else progress.text if is_passing(progress) else _PHASES[progress.phase]]
     if progress.loss is not None:
         words.append(f"loss {progress.loss:.3g}")
-    if progress.eta_s is not None:
+    if progress.eta_s:
         words.append(f"{seconds_text(progress.eta_s)} left")
     return " · ".join(words)
 

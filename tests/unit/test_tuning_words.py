@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
 
 def test_a_person_reads_phase_epoch_loss_time_left_and_what_the_cache_saved() -> None:
     assert progress_words(progress()) == "training · epoch 3 of 5 · loss 0.412 · 12.0 s left · 96% cached"
-    reading = progress(phase="reading", loss=None, eta_s=None, cache_hits=0, cache_misses=0)
+    reading = progress(phase="reading", loss=None, eta_s=0.0, cache_hits=0, cache_misses=0)
     assert progress_words(reading) == "reading the data"
     assert short_words(progress()) == "epoch 3/5 · loss 0.412 · 12.0 s left"
     assert short_words(reading) == "reading the data"
