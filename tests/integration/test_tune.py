@@ -20,7 +20,6 @@ from mesh.errors import ConfigError
 from node.compute.adapters.card import digest_of, read_card
 from node.compute.features.maps import MissingFeaturesError
 from node.compute.features.store import LocalStore
-from node.compute.tune.methods import METHODS
 from tests.tiny import tiny_llama
 from tests.tuning import (
     chat_lines,
@@ -117,19 +116,17 @@ def test_inline_records_and_a_file_of_them_are_the_same_task(model: Path, tmp_pa
 # ── going on ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_goes_on_to_the_same_bits_after_being_dropped_anywhere(
+@pytest.mark.parametrize("method", ["lora", "dora", "oft", "vera", "ln_tuning", "alora"])
+def test_methods_of_every_kind_go_on_to_the_same_bits_after_being_dropped_anywhere(
     method: str, model: Path, tmp_path: Path
 ) -> None:
     task = "chat" if method == "alora" else "classify"
     lines = chat_lines(24) if task == "chat" else class_lines(24)
     wish = spec(task=task, method=method, data=lines, eval_data=lines, epochs=2)
     whole = digest(model, tmp_path / "1", wish)
-    events = 0
     for stop_after in (9, 14, 19, 100_000):
         tuning = job(model, tmp_path / "2", wish, checkpoint_steps=1)
         for _ in range(stop_after):
-            events += 1
             if tuning.step().is_done:
                 break
     assert tuning.result is not None
