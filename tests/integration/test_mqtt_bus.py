@@ -468,7 +468,7 @@ async def test_bad_messages_are_dropped_and_counted_and_a_bad_submission_is_answ
             ("node/b/state", b'{"node":"a","state":"left","incarnation":99,"boot":"x"}'),
             ("node/b/state", b"\xff\xfe"),
             ("node/b/to/a", b"\xc1"),
-            ("node/b/to/a", os.urandom(600_000)),
+            ("node/b/to/a", os.urandom(900_000)),
             ("coordinator", b"[" * 100_000),
         ]:
             await client.publish(f"edgemesh/home/{topic}", payload, qos=1)

@@ -14,6 +14,7 @@ import pytest
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.journal import Journal, JournalError
 from mesh.messages import EpochSeen, Submit, TaskRecord
+from mesh.wire import FRAME_BYTES_MAX
 
 
 def seen(term: int) -> EpochSeen:
@@ -147,7 +148,7 @@ def test_a_place_one_may_not_write_is_refused_with_advice(tmp_path: Path) -> Non
 def test_a_record_larger_than_a_frame_is_refused_when_staged(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(ValueError, match="a frame has at most"):
-        journal.save("x", TaskRecord(**{**_fields(record("p")), "digest": "d" * 600_000}))
+        journal.save("x", TaskRecord(**{**_fields(record("p")), "digest": "d" * FRAME_BYTES_MAX}))
 
 
 def _fields(one: TaskRecord) -> dict[str, object]:
