@@ -166,3 +166,9 @@ def test_a_missing_file_is_said_by_name(tmp_path: Path) -> None:
 def test_checking_records_does_not_load_torch() -> None:
     code = "import sys, node.compute.tune.records; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_labels_that_no_adapter_s_card_could_hold_are_refused_before_any_work() -> None:
+    lines = "\n".join(json.dumps({"text": "x", "label": f"{k:0256}"}) for k in range(300))
+    with pytest.raises(ConfigError, match="76,800 bytes together; an adapter's card holds at most 65,536"):
+        read_records(lines, "classify")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import ConfigError
+from mesh.messages.output import LABEL_BYTES_MAX
 from mesh.messages.tune import TuneTask
 
 __all__ = ["DATA_BYTES_MAX", "Record", "Records", "Turn", "read_file", "read_records", "same_labels"]
@@ -129,6 +130,12 @@ def read_records(
         raise ConfigError(
             f"{name} has {len(labels):,} different labels; at most {LABELS_MAX:,} can be told apart. "
             "Is 'label' the right column?"
+        )
+    n_label_bytes = sum(len(label.encode()) for label in labels)
+    if n_label_bytes > LABEL_BYTES_MAX:
+        raise ConfigError(
+            f"{name} has labels of {n_label_bytes:,} bytes together; an adapter's card holds at most "
+            f"{LABEL_BYTES_MAX:,}. Is 'label' the right column?"
         )
     return Records(
         task=task,
