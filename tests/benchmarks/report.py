@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Metric", "Options", "main", "percentile", "spread", "table"]
@@ -30,6 +31,9 @@ class Options:
     quick: bool
     """Fewer repetitions: proves that the benchmark runs, not what it says."""
     seed: int
+    train: Path | None = None
+    """JSON lines ``{"text", "label"}`` to use instead of the benchmark's own data; ``test`` goes with it."""
+    test: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +104,25 @@ def main(
     description: str,
     measure: Callable[[Options], Iterator[Metric]],
     argv: Sequence[str] | None = None,
+    *,
+    takes_files: bool = False,
 ) -> int:
     """Parse the flags, run, print. Exit code 1 if a target was missed (never with ``--quick``)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repetitions; targets do not gate")
     parser.add_argument("--json", action="store_true", help="one JSON object per metric and line")
     parser.add_argument("--seed", type=int, default=1)
+    if takes_files:
+        parser.add_argument("--train", type=Path, metavar="FILE", help='JSON lines {"text", "label"}')
+        parser.add_argument("--test", type=Path, metavar="FILE", help="the same, never trained on")
+    parser.set_defaults(train=None, test=None)
     arguments = parser.parse_args(argv)
+    if (arguments.train is None) != (arguments.test is None):
+        parser.error("--train and --test go together")
     logging.getLogger("mesh").setLevel(logging.ERROR)  # links that benchmarks break on purpose are no news
+    options = Options(arguments.quick, arguments.seed, arguments.train, arguments.test)
     metrics = []
-    for metric in measure(Options(quick=arguments.quick, seed=arguments.seed)):
+    for metric in measure(options):
         metrics.append(metric)
         if arguments.json:
             print(metric.line(), flush=True)
