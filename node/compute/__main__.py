@@ -205,6 +205,7 @@ def _load(load: Load, say: Say) -> _Loaded:
     from node.compute.assembly import model_engine
     from node.compute.backbone.llama import LlamaBackbone
     from node.compute.backbone.load import best_device, load_backbone
+    from node.compute.backbone.speed import measured_speeds
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
@@ -212,6 +213,9 @@ def _load(load: Load, say: Say) -> _Loaded:
     device = best_device()
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     formats = PRECISIONS if LlamaBackbone.can_run(config) else ("fp32", "bf16", "fp16")
+    if load.precision == "auto" and formats == PRECISIONS and not read_speeds(home):
+        progress("measuring weight formats on this device, once", None)
+        measured_speeds(directory, home)
     precision, reason = _choose(load, directory, home, on_cpu=device == "cpu", formats=formats)
     backbone = load_backbone(directory, device, precision)
     progress(f"loading {source.display}", 0.9)

@@ -22,7 +22,7 @@ from node.compute.backbone.precision import (
     read_speeds,
     write_speeds,
 )
-from node.compute.backbone.speed import measure_speeds
+from node.compute.backbone.speed import measure_speeds, measured_speeds
 
 SIZES = {
     "fp32": 538_000_000,
@@ -138,3 +138,17 @@ def test_an_architecture_without_8_bit_weights_is_refused_by_name(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match=r"gpt2.*int8.*--precision fp32"):
         load_backbone(tmp_path, "cpu", "int8")
+
+
+def test_a_request_is_prompt_and_answer_so_slow_reading_counts() -> None:
+    quick_to_write = {"fp32": Speed(40, 900), "int4": Speed(60, 20)}
+    assert choose_precision(PLENTY, SIZES, quick_to_write).precision == "fp32"
+
+
+def test_of_a_model_that_answers_at_once_the_exact_format_is_taken() -> None:
+    assert chosen(fp32=4000, int8=9000).precision == "fp32"
+
+
+def test_speeds_are_measured_once_and_kept(model: Path, tmp_path: Path) -> None:
+    first = measured_speeds(model, tmp_path)
+    assert measured_speeds(model, tmp_path) == first == read_speeds(tmp_path)

@@ -5,7 +5,8 @@ Pure but for two files: the header of the weights (how many bytes each format wi
 ``edgemesh models show`` answers at once.
 
 Formats stand in order of exactness. The most exact one that fits is taken, unless a less exact one is
-faster by enough to be worth its error: by a quarter when nobody hurries, by anything when a deadline presses.
+faster by enough to be worth its error: by a quarter of a noticeable wait when nobody hurries, by anything
+when a deadline presses. Faster means a typical request, prompt and answer together.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ SPEEDS = "speeds.json"
 """File in a prepared model's directory."""
 
 _WORTH = 1.25  # how much faster a less exact format must be when nobody hurries
+_NOTICED_S = 0.5  # and a typical request must take this long: of a tiny model's speeds only noise differs
+_TYPICAL_TOKENS = 128  # of a prompt, and of its answer
 _GROUP = 32  # as ``formats.GROUP``, which needs torch
 
 
@@ -63,6 +66,11 @@ class Speed:
     decode_tok_s: float
     """One sequence."""
     prefill_tok_s: float
+
+    @property
+    def request_s(self) -> float:
+        """A typical request, alone."""
+        return _TYPICAL_TOKENS / self.prefill_tok_s + _TYPICAL_TOKENS / self.decode_tok_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +136,12 @@ def choose_precision(
     chosen = fitting[0]
     why = "the most exact" if chosen is table[0] else f"the most exact that fits in {free}"
     worth = 1 + (_WORTH - 1) * (1 - deadline_pressure)
+    noticed_s = _NOTICED_S * (1 - deadline_pressure)
     for row in fitting[1:]:
-        if chosen.speed and row.speed and row.speed.decode_tok_s > worth * chosen.speed.decode_tok_s:
-            times = row.speed.decode_tok_s / fitting[0].speed.decode_tok_s if fitting[0].speed else 1.0
+        if not (chosen.speed and row.speed) or chosen.speed.request_s < noticed_s:
+            continue
+        if chosen.speed.request_s > worth * row.speed.request_s:
+            times = fitting[0].speed.request_s / row.speed.request_s if fitting[0].speed else 1.0
             hurry = ", and a deadline presses" if deadline_pressure > 0 else ""
             why = f"{times:.1f} times as fast here as {fitting[0].precision}, {row.note}{hurry}"
             chosen = row

@@ -9,6 +9,7 @@ norms are left out; they are the same for every format. The result is written be
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -19,10 +20,10 @@ import torch
 
 from node.compute.backbone.linear import Linear, compute_dtype, make_linear
 from node.compute.backbone.load import best_device
-from node.compute.backbone.precision import PRECISIONS, Speed, write_speeds
+from node.compute.backbone.precision import PRECISIONS, Speed, read_speeds, write_speeds
 from node.profile import physical_cores
 
-__all__ = ["main", "measure_speeds"]
+__all__ = ["main", "measure_speeds", "measured_speeds"]
 
 _TRIES = 5
 _COPIES = 4  # blocks multiplied in a row, as many as it takes for weights to come from memory and not a cache
@@ -85,11 +86,26 @@ def _once(linears: list[tuple[Linear, int]], n_rows: int, precision: str, device
     return time.perf_counter() - start_s
 
 
+def measured_speeds(directory: Path, home: Path, *, again: bool = False) -> dict[str, Speed]:
+    """What is known of this machine and the model in ``directory``; measured now if nothing is, or ``again``.
+
+    One process of a machine measures at a time: two at once would measure each other.
+    """
+    with (home / ".speeds.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        speeds = {} if again else read_speeds(home)
+        if not speeds:
+            threads = torch.get_num_threads()
+            is_busy = os.getloadavg()[0] > physical_cores() / 2
+            torch.set_num_threads(1 if is_busy else physical_cores())
+            speeds = measure_speeds(directory, best_device())
+            torch.set_num_threads(threads)
+            write_speeds(home, speeds)
+        return speeds
+
+
 def main(argv: list[str]) -> int:
-    directory, home = Path(argv[0]), Path(argv[1])
-    is_busy = os.getloadavg()[0] > physical_cores() / 2
-    torch.set_num_threads(1 if is_busy else physical_cores())
-    write_speeds(home, measure_speeds(directory, best_device()))
+    measured_speeds(Path(argv[0]), Path(argv[1]), again=True)
     return 0
 
 
