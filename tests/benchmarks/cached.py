@@ -24,7 +24,8 @@ from node.compute.features.store import LocalStore
 from node.compute.models import DEFAULT_MODEL, prepare, resolve
 from node.compute.tune.batches import Example, rows_per_piece
 from node.compute.tune.head_start import start_classifier
-from node.compute.tune.methods import adapt, check_method
+from node.compute.tune.methods import adapt
+from node.compute.tune.recipe import learning_rate
 from node.compute.tune.source import FeatureSource
 from node.compute.tune.top_model import load_top, read_config, top_bytes
 from node.compute.tune.trainer import Recipe, Trainer
@@ -121,7 +122,7 @@ class Bench:
         run.features_s = clock.lap()
         model = load_top(self.directory, cut, "classify", len(split.labels))
         wrapped = adapt(model, "lora", layers=range(cut, self.n_layers), task="classify", rank=8, seed=seed)
-        rate = rate or check_method("lora", (), "classify").learning_rate
+        rate = rate or learning_rate("lora", [], "classify")
         n_rows = rows_per_piece(top_bytes(self.config, top_layers, "classify") // 4)
         recipe = Recipe(rate, n_epochs, _BATCH, seed)
         trainer = Trainer(wrapped, cut, "classify", examples, maps.read, recipe, n_rows)

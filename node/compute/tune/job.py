@@ -31,6 +31,7 @@ from node.compute.tune.checkpoint import Checkpoints
 from node.compute.tune.head_start import start_classifier
 from node.compute.tune.identity import spec_digest
 from node.compute.tune.methods import adapt, check_method
+from node.compute.tune.recipe import learning_rate
 from node.compute.tune.records import Records, read_file, read_records, same_labels
 from node.compute.tune.source import MapsFactory
 from node.compute.tune.sync import replace_directory
@@ -122,8 +123,8 @@ class _Place:
 
 
 class TuneJob:
-    """``directory`` holds the model, ``digest`` is its weights' SHA-256; ``datasets_dir`` has the records
-    by theirs.
+    """``directory`` holds the model, ``digest`` is its weights' SHA-256, ``features_name`` says how they compute
+    (precision, kernels): other features are another task. ``datasets_dir`` has the records by their SHA-256.
 
     ``deadline_s``: seconds that are left, for the choice of layers. ``checkpoint_steps``: save after every so
     many steps, besides every ten seconds.
@@ -141,6 +142,7 @@ class TuneJob:
         shelf_dir: Path,
         checkpoint_dir: Path,
         maps_factory: MapsFactory,
+        features_name: str = "",
         datasets_dir: Path | None = None,
         threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
@@ -151,6 +153,7 @@ class TuneJob:
         self.spec = spec
         self._directory = directory
         self._digest = digest
+        self._features_name = features_name
         self._shelf_dir = shelf_dir
         self._maps_factory = maps_factory
         self._datasets_dir = datasets_dir
@@ -190,7 +193,8 @@ class TuneJob:
     def _whole(self) -> Generator[None, None, None]:
         spec = self.spec
         records, held_out = self._records()
-        own = spec_digest(spec, records.sha256, held_out.sha256 if held_out else "", self._digest)
+        backbone = f"{self._digest} {self._features_name}"
+        own = spec_digest(spec, records.sha256, held_out.sha256 if held_out else "", backbone)
         yield
         if self._is_on_shelf(own):
             self._show(phase="saving", fraction=1.0, text="this adapter was trained before; nothing to do")
@@ -381,7 +385,7 @@ class TuneJob:
 
     def _recipe(self) -> Recipe:
         spec = self.spec
-        rate = spec.learning_rate or check_method(spec.method, spec.targets, spec.task).learning_rate
+        rate = spec.learning_rate or learning_rate(spec.method, spec.targets, spec.task)
         return Recipe(rate, spec.epochs, spec.batch, spec.seed)
 
     def _trainer(
