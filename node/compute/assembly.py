@@ -76,6 +76,7 @@ class _Jobs:
             shelf_dir=Path(load.adapters_dir),
             checkpoint_dir=features / "checkpoints",
             maps_factory=self._source,
+            features_name=f"{self._source.precision} {self._source.numerics.text}",
             datasets_dir=Path(load.datasets_dir),
             threads=self._threads,
             deadline_s=deadline_s,
