@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from node.compute.backbone.deltas import Adapter
+from node.compute.backbone.step import Seat
 
 __all__ = ["Backbone", "KeyValues", "Pass", "Segment"]
 
@@ -93,7 +94,7 @@ class KeyValues:
     costs nothing on a CPU.
     """
 
-    __slots__ = ("cos", "keys", "length", "shared", "sin", "starts", "values")
+    __slots__ = ("cos", "keys", "length", "seat", "shared", "sin", "starts", "values")
 
     def __init__(
         self,
@@ -102,11 +103,14 @@ class KeyValues:
         cos: Tensor,
         sin: Tensor,
         shared: Sequence[tuple[Tensor, Tensor] | None] = (),
+        seat: Seat | None = None,
     ) -> None:
         self.keys, self.values = keys, values
         self.cos, self.sin = cos, sin
         self.shared = shared or [None] * len(keys)
         self.starts = [0 if place is None else int(place[0].shape[1]) for place in self.shared]
+        self.seat = seat
+        """Where keys and values lie beside those of others; ``None``: in memory of their own."""
         self.length = 0
 
     @property

@@ -27,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GROUP", "Int4Linear", "Int8Linear", "dequantized_4", "int8_kernel", "quantized_4", "quantized_8"]
+__all__ = [
+    "GROUP",
+    "IN_DIGITS",
+    "Int4Linear",
+    "Int8Linear",
+    "dequantized_4",
+    "int8_kernel",
+    "quantized_4",
+    "quantized_8",
+]
 
 GROUP = 32
 """Weights of one row that share a scale and a zero in 4 bits."""
@@ -38,7 +47,7 @@ _SMALLEST = 1e-30  # scale of a row of zeros
 # The low digit is 126 times the rest, which is at most half a unit of the high one; the kernel rounds its
 # input as ``round`` does. TorchScript, because for one row a dozen small operations called from Python take
 # half as long as the product between them (measured: 157 µs a call, 108 as script, 97 the product alone).
-_IN_DIGITS = """
+IN_DIGITS = """
 def in_digits(x: Tensor, packed: __torch__.torch.classes.quantized.LinearPackedParamsBase) -> Tensor:
     scale = x.abs().amax([-1], True).mul_(0.015873015873015872).clamp_min_(1e-30)
     high = x / scale
@@ -58,27 +67,27 @@ class Int8Linear:
     Takes and gives the float type it is called with.
     """
 
-    __slots__ = ("_bias", "_packed", "_scales", "_weight", "nbytes")
+    __slots__ = ("_scales", "_weight", "bias", "nbytes", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         codes, scales = quantized_8(weight)
-        self._bias = bias
-        self._packed: Any = None
+        self.bias = bias
+        self.packed: Any = None
         self._weight: Tensor | None = None
         self._scales = scales
         if weight.device.type == "cpu" and int8_kernel() == "fbgemm":
-            self._packed = _pack(codes, scales)
+            self.packed = _pack(codes, scales)
         else:
             self._weight = codes
         # FBGEMM keeps the sum of each output's weights beside its scale.
         self.nbytes = codes.nbytes + 2 * scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = _dequantizing(x, self._codes_as, self._scales) if self._packed is None else self._digits(x)
-        return y if self._bias is None else y.add_(self._bias)
+        y = _dequantizing(x, self._codes_as, self._scales) if self.packed is None else self._digits(x)
+        return y if self.bias is None else y.add_(self.bias)
 
     def _digits(self, x: Tensor) -> Tensor:
-        y: Tensor = _in_digits()(x.float(), self._packed)
+        y: Tensor = _in_digits()(x.float(), self.packed)
         return y.to(x.dtype)
 
     def _codes_as(self, dtype: torch.dtype) -> Tensor:
@@ -92,11 +101,11 @@ class Int4Linear:
     On CPUs the kernel takes activations in bfloat16, which costs no measurable perplexity.
     """
 
-    __slots__ = ("_bias", "_codes", "_d_out", "_is_packed", "_scales_zeros", "nbytes")
+    __slots__ = ("_codes", "_d_out", "_is_packed", "_scales_zeros", "bias", "nbytes")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         codes, scales_zeros = quantized_4(weight)
-        self._bias = bias
+        self.bias = bias
         self._d_out = len(weight)
         self._is_packed = weight.device.type == "cpu" and self._d_out % _ROWS_BLOCK == 0 and _has_int4()
         self._scales_zeros = scales_zeros
@@ -114,7 +123,7 @@ class Int4Linear:
             ).to(x.dtype)
         else:
             y = _dequantizing(x, self._weight_as, None)
-        return y if self._bias is None else y.add_(self._bias)
+        return y if self.bias is None else y.add_(self.bias)
 
     def _weight_as(self, dtype: torch.dtype) -> Tensor:
         codes = torch.stack((self._codes >> 4, self._codes & 15), dim=-1).view(self._d_out, -1)
@@ -191,7 +200,7 @@ def _has_int4() -> bool:
 @cache
 def _in_digits() -> Any:
     """``in_digits`` compiled; once, and not before somebody needs it."""
-    return torch.jit.CompilationUnit(_IN_DIGITS).in_digits
+    return torch.jit.CompilationUnit(IN_DIGITS).in_digits
 
 
 def _pack(codes: Tensor, scales: Tensor) -> Any:

@@ -74,23 +74,23 @@ class FloatLinear:
     Shapes: weight (d_out, d_in); bias (d_out,) or ``None``; ``linear(x)``: (rows, d_in) -> (rows, d_out).
     """
 
-    __slots__ = ("_bias", "_packed", "_weight", "nbytes")
+    __slots__ = ("_weight", "bias", "nbytes", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.nbytes = weight.nbytes
-        self._bias = bias
+        self.bias = bias
         self._weight: Tensor | None = weight
-        self._packed: Tensor | None = None
+        self.packed: Tensor | None = None
         if _can_pack(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
             self._weight = None  # not held twice
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if self.packed is not None:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return product
         assert self._weight is not None
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self.bias)
 
 
 def _can_pack(weight: Tensor) -> bool:

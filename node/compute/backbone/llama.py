@@ -26,6 +26,7 @@ from node.compute.backbone.contract import KeyValues, Pass, Segment
 from node.compute.backbone.deltas import Adapter, AdapterRows, Norm, Slot
 from node.compute.backbone.embedding import Embedding
 from node.compute.backbone.linear import Linear, compute_dtype, make_linear, numerics
+from node.compute.backbone.step import Slabs, Step, block_script
 from node.compute.backbone.weights import Weights
 
 __all__ = ["CONTEXT_TOKENS_MAX", "LlamaBackbone"]
@@ -85,6 +86,10 @@ class LlamaBackbone:
                 "int8" if precision == "int4" else precision,
             )
         self.embedding = Embedding(directory, "model.embed_tokens.weight", device, dtype)
+        self._slabs = Slabs(self.n_layers, self._kv_heads, self._head_dim, dtype) if device == "cpu" else None
+        self._scripts = [
+            block_script((layer.qkv, layer.out, layer.gate_up, layer.down)) for layer in self._layers
+        ]
         self._cos, self._sin = self._rotary(_ROTARY_TOKENS)
         self.weight_bytes = self._head.nbytes + sum(
             linear.nbytes
@@ -117,6 +122,11 @@ class LlamaBackbone:
         """Room for ``capacity`` tokens; ``shared``: of each layer the first positions, computed before."""
         if len(self._cos) < capacity:
             self._cos, self._sin = self._rotary(min(2 * capacity, max(capacity, self.context_tokens)))
+        cos, sin = self._cos[:capacity], self._sin[:capacity]
+        seat = None if shared or self._slabs is None else self._slabs.seat(capacity)
+        if seat is not None:
+            lying = seat.states[:, :capacity].permute(2, 0, 3, 1, 4)  # (2, layers, kv_heads, capacity, d)
+            return KeyValues([*lying[0]], [*lying[1]], cos, sin, seat=seat)
         like = self.embedding.like
         starts = [0 if place is None else place[0].shape[1] for place in shared] or [0] * self.n_layers
         keys: list[Tensor] = []
@@ -125,7 +135,7 @@ class LlamaBackbone:
             shape = (len(list(layers)), self._kv_heads, capacity - start, self._head_dim)
             keys += torch.empty(shape, dtype=like.dtype, device=like.device)
             values += torch.empty(shape, dtype=like.dtype, device=like.device)
-        return KeyValues(keys, values, self._cos[:capacity], self._sin[:capacity], shared)
+        return KeyValues(keys, values, cos, sin, shared)
 
     def _rotary(self, n: int) -> tuple[Tensor, Tensor]:
         """Shapes: two of (n, 1, head_dim)."""
@@ -179,6 +189,15 @@ class LlamaBackbone:
         """
         layer, deltas, x = self._layers[index], rows.deltas, rows.x
         eps = self._eps
+        script = self._scripts[index]
+        if rows.step is not None and deltas is None and script is not None:
+            block, weights, biases = script
+            norms = [layer.attention_norm, layer.mlp_norm]
+            heads = (self._heads, self._kv_heads)
+            rows.x = block(
+                x, norms, eps, weights, biases, rows.cos, rows.sin, index, *heads, *rows.step.arguments
+            )
+            return
 
         def linear(slot: Slot, base: Linear, y: Tensor) -> Tensor:
             return base(y) if deltas is None else deltas.linear(index, slot, base, y)
@@ -202,6 +221,8 @@ class LlamaBackbone:
     def _attention(self, index: int, qkv: Tensor, rows: _Rows) -> Tensor:
         """Shapes: qkv (rows, (heads + 2 * kv_heads) * head_dim) -> (rows, heads * head_dim)."""
         heads, kv_heads, head_dim = self._heads, self._kv_heads, self._head_dim
+        if rows.step is not None:
+            return rows.step.attend(qkv, rows.cos, rows.sin, index, heads, kv_heads)
         qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         qk = qk * rows.cos + qk.roll(head_dim // 2, dims=-1) * rows.sin
@@ -251,6 +272,8 @@ class _Rows:
         self.is_pruned = False
         """Only wanted rows are left, in the order of the segments."""
         self.deltas: AdapterRows | None = None
+        self.step: Step | None = None
+        """Where the states are, if every segment is one token and all came in at once."""
         self.n_began = 0
         self.x = backbone.embedding.like
 
@@ -280,6 +303,9 @@ class _Rows:
         self.cos = _joined([kv.cos[kv.length : kv.length + n] for kv, n in self.parts])  # (rows, 1, head_dim)
         self.sin = _joined([kv.sin[kv.length : kv.length + n] for kv, n in self.parts])
         entered = [self._segments[at] for at in self._order[: self._n_in]]
+        self.step = None
+        if len(self.parts) == len(self._segments) == len(self.x) and not self.wants_some:
+            self.step = Step.of([kv.seat for kv, _ in self.parts], [kv.length for kv, _ in self.parts])
         self.deltas = AdapterRows.of([(segment.adapter, len(segment.ids)) for segment in entered])
 
     def end(self) -> None:
