@@ -389,6 +389,7 @@ def random_lora(name: str, backbone: Any, seed: int, rank: int = 8) -> Adapter:
     return Adapter(name, 0, 0, deltas, n_layers=backbone.n_layers)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
 def test_adalora_after_its_ranks_were_pruned(llama: Path, tmp_path: Path) -> None:
     """PEFT keeps dividing by the rank it started from."""
     config = peft.AdaLoraConfig(
