@@ -1,8 +1,9 @@
 """The baseline of the tuning benchmarks: plain ``transformers`` and ``peft``, LoRA in all layers.
 
 As good as plain code gets: batches padded to their own longest text, fused AdamW, no dropout, a linear
-schedule with warm-up, all cores, and bfloat16 where a step is measured to be faster in it. Learning rates
-were chosen on the validation texts (``python -m tests.benchmarks.full_lora NAME`` prints the search).
+schedule with warm-up, all cores, and bfloat16 where a step is measured to be faster in it. Its best learning
+rate is found on the validation texts by ``python -m tests.benchmarks.full_lora NAME`` (half an hour a data
+set on two cores); the rates below are the usual ones of LoRA, until that search has said better.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Cached fine-tuning of the top layers against full LoRA by plain transformers and peft.
 
 Both sides train on the same texts in one process with the same threads, an epoch of one after an epoch of
-the other. Evaluation is not counted on either side. The baseline's learning rate was chosen on validation
-texts, our settings are the engine's defaults; figures are on test texts. Three seeds of five baseline epochs
-on two data sets take about 35 minutes on two quiet cores; --quick takes under two minutes.
+the other. Evaluation is not counted on either side. The baseline's learning rate is the one in
+``tests.benchmarks.full_lora`` (which also searches for it), our settings are the engine's defaults; figures are
+on test texts. Three seeds of five baseline epochs on two data sets take about an hour on two quiet cores
+without AVX-512; --quick takes two minutes.
 
 ``ceiling`` is what the speed-up would be if only the arithmetic that nobody can leave out took time: for a
 warm epoch the layers that are trained (the last one's rows that are read), for a cold run one forward pass
@@ -36,8 +37,8 @@ __all__ = ["arithmetic_ceiling", "interval", "splits_of"]
 
 _WARM_TOP = 4
 _COLD_TOP, _COLD_EPOCHS = 2, 20
-# How many layers reach full LoRA's accuracy, chosen on the validation texts: topics are in the pool of all
-# rows, the sentiment of a sentence takes layers. Data we do not know get the safe number.
+# How many layers are to reach full LoRA's accuracy. Topics are in the pool of all rows (validation texts of
+# these three: the head start alone is as good as the top layer trained on); other data get more layers.
 _REACH_TOP = {"r8": 1, "r52": 1, "newsgroups": 1}
 _REACH_TOP_ELSE, _REACH_EPOCHS = 8, 5
 _BASELINE_EPOCHS = 5

@@ -123,8 +123,9 @@ class _Place:
 
 
 class TuneJob:
-    """``directory`` holds the model, ``digest`` is its weights' SHA-256, ``features_name`` says how they compute
-    (precision, kernels): other features are another task. ``datasets_dir`` has the records by their SHA-256.
+    """``directory`` holds the model, ``digest`` is its weights' SHA-256; ``features_name`` says how they
+    compute (precision, kernels), as other features are another task. ``datasets_dir`` has the records by their
+    SHA-256.
 
     ``deadline_s``: seconds that are left, for the choice of layers. ``checkpoint_steps``: save after every so
     many steps, besides every ten seconds.
