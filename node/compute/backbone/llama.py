@@ -123,10 +123,11 @@ class LlamaBackbone:
         if len(self._cos) < capacity:
             self._cos, self._sin = self._rotary(min(2 * capacity, max(capacity, self.context_tokens)))
         cos, sin = self._cos[:capacity], self._sin[:capacity]
-        seat = None if shared or self._slabs is None else self._slabs.seat(capacity)
+        is_alone = all(place is None for place in shared)
+        seat = self._slabs.seat(capacity) if is_alone and self._slabs is not None else None
         if seat is not None:
             lying = seat.states[:, :capacity].permute(2, 0, 3, 1, 4)  # (2, layers, kv_heads, capacity, d)
-            return KeyValues([*lying[0]], [*lying[1]], cos, sin, seat=seat)
+            return KeyValues([*lying[0]], [*lying[1]], cos, sin, shared, seat)
         like = self.embedding.like
         starts = [0 if place is None else place[0].shape[1] for place in shared] or [0] * self.n_layers
         keys: list[Tensor] = []
