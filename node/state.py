@@ -39,6 +39,7 @@ from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
 from mesh.ids import MeshName, NodeId, is_id, new_node_id
 from mesh.units import GIB
+from node.durable import write_durably
 
 if TYPE_CHECKING:
     from mesh.transport.identity import Identity, MeshKey
@@ -183,7 +184,7 @@ class StateDir:
         path = self._mesh(key.name) / "key"
         with _readable_errors(path):
             _make_dir(path.parent)
-            _write_bytes(path, f"{key.code}\n".encode())
+            write_durably(path, f"{key.code}\n".encode())
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -354,7 +355,7 @@ class StateDir:
             if path.exists():  # it is durable and whole, or it would not have its name
                 os.utime(path)
             else:
-                _write_bytes(path, content)
+                write_durably(path, content)
             newest_first = sorted(
                 ((one, one.stat()) for one in path.parent.glob("*.jsonl")),
                 key=lambda found: (found[0] != path, -found[1].st_mtime_ns),
@@ -431,25 +432,4 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    _write_bytes(path, json.dumps(record, indent=1).encode() + b"\n")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Atomic and durable on return. The name holds the process id: two writers never share a draft."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_durably(path, json.dumps(record, indent=1).encode() + b"\n")

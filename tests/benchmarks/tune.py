@@ -2,8 +2,8 @@
 
 Both sides train on the same texts in one process with the same threads, an epoch of one after an epoch of
 the other. Evaluation is not counted on either side. The baseline's learning rate is the one in
-``tests.benchmarks.full_lora`` (which also searches for it), our settings are the engine's defaults; figures are
-on test texts. Three seeds of five baseline epochs on two data sets take about an hour on two quiet cores
+``tests.benchmarks.full_lora`` (which also searches for it), our settings are the engine's defaults; figures
+are on test texts. Three seeds of five baseline epochs on two data sets take about an hour on two quiet cores
 without AVX-512; --quick takes two minutes.
 
 ``ceiling`` is what the speed-up would be if only the arithmetic that nobody can leave out took time: for a

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 from mesh.errors import ConfigError
 from mesh.messages import AdapterCard
 from node.compute.adapters.tensors import bytes_of, read_header
+from node.durable import write_durably
 
 __all__ = [
     "CARD_FILE",
@@ -143,24 +142,8 @@ def read_card(directory: Path) -> Card | None:
 
 def write_card(directory: Path, card: Card) -> None:
     """Atomic, and durable on return."""
-    path = directory / CARD_FILE
-    draft = directory / f".{CARD_FILE}.{os.getpid()}"
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(asdict(card), file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    text = json.dumps(asdict(card), indent=1, sort_keys=True) + "\n"
+    write_durably(directory / CARD_FILE, text.encode())
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mesh.units import bytes_text
+from node.durable import write_durably
 
 __all__ = [
     "AROUND_BYTES",
@@ -227,9 +228,4 @@ def read_speeds(home: Path) -> dict[str, Speed]:
 def write_speeds(home: Path, speeds: Mapping[str, Speed]) -> None:
     """Kept beside the model: whole or not at all."""
     stored = {"machine": machine_key(), "speeds": {name: asdict(speed) for name, speed in speeds.items()}}
-    partial = home / f".{SPEEDS}.{os.getpid()}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(stored, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(home / SPEEDS)
+    write_durably(home / SPEEDS, (json.dumps(stored, indent=2) + "\n").encode())

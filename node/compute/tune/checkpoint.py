@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from node.compute.tune.sync import write_durably
+from node.durable import write_durably
 
 __all__ = ["Checkpoints", "Saved"]
 

@@ -34,9 +34,9 @@ from node.compute.tune.methods import adapt, check_method
 from node.compute.tune.recipe import learning_rate
 from node.compute.tune.records import Records, read_file, read_records, same_labels
 from node.compute.tune.source import MapsFactory
-from node.compute.tune.sync import replace_directory
 from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes, weights_of_row
 from node.compute.tune.trainer import Recipe, Trainer
+from node.durable import replace_directory
 from node.profile import memory_free_bytes
 
 __all__ = ["Phase", "Snapshot", "TuneEvent", "TuneJob"]
@@ -124,8 +124,8 @@ class _Place:
 
 class TuneJob:
     """``directory`` holds the model, ``digest`` is its weights' SHA-256; ``features_name`` says how they
-    compute (precision, kernels), as other features are another task. ``datasets_dir`` has the records by their
-    SHA-256.
+    compute (precision, kernels), as other features are another task. ``datasets_dir`` has the records by
+    their SHA-256.
 
     ``deadline_s``: seconds that are left, for the choice of layers. ``checkpoint_steps``: save after every so
     many steps, besides every ten seconds.

@@ -11,12 +11,17 @@ __all__ = ["replace_directory", "sync_directory", "write_durably"]
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Raises:
-    OSError: Nothing has changed at ``path``.
+    """Atomic and durable on return; for this user's eyes only.
+
+    The draft's name holds the process id: two writers never share one.
+
+    Raises:
+        OSError: Nothing has changed at ``path``.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        with draft.open("wb") as file:
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
