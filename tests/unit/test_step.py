@@ -1,10 +1,9 @@
-"""One token of many sequences at a time: the same answers as one sequence alone, in whatever slots they lie."""
+"""One token of many sequences at a time: the answers of one sequence alone, in whatever slots they lie."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
