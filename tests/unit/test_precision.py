@@ -149,6 +149,11 @@ def test_of_a_model_that_answers_at_once_the_exact_format_is_taken() -> None:
     assert chosen(fp32=4000, int8=9000).precision == "fp32"
 
 
-def test_speeds_are_measured_once_and_kept(model: Path, tmp_path: Path) -> None:
+def test_speeds_are_measured_once_and_kept_but_not_on_a_busy_machine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (50.0, 50.0, 50.0))
+    assert measured_speeds(model, tmp_path) == {} == read_speeds(tmp_path)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     first = measured_speeds(model, tmp_path)
     assert measured_speeds(model, tmp_path) == first == read_speeds(tmp_path)

@@ -89,14 +89,15 @@ def _once(linears: list[tuple[Linear, int]], n_rows: int, precision: str, device
 def measured_speeds(directory: Path, home: Path, *, again: bool = False) -> dict[str, Speed]:
     """What is known of this machine and the model in ``directory``; measured now if nothing is, or ``again``.
 
-    One process of a machine measures at a time: two at once would measure each other.
+    One process of a machine measures at a time: two at once would measure each other. A busy machine is
+    measured only when somebody asks: what it said would be kept, and be wrong on every other day.
     """
+    is_busy = os.getloadavg()[0] > physical_cores() / 2
     with (home / ".speeds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         speeds = {} if again else read_speeds(home)
-        if not speeds:
+        if not speeds and (again or not is_busy):
             threads = torch.get_num_threads()
-            is_busy = os.getloadavg()[0] > physical_cores() / 2
             torch.set_num_threads(1 if is_busy else physical_cores())
             speeds = measure_speeds(directory, best_device())
             torch.set_num_threads(threads)
