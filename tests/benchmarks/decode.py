@@ -47,7 +47,7 @@ def measure(options: Options) -> Iterator[Metric]:
         import xllamacpp
     except ImportError:
         raise SystemExit(
-            "this benchmark runs llama.cpp beside us: `pip install xllamacpp` (or `pip install .[bench]`)"
+            "this benchmark runs llama.cpp beside us: `pip install xllamacpp` (or `pip install .[dev]`)"
         ) from None
     repeats, n_tokens = (2, 8) if options.quick else (7, 64)
     directory, _ = prepare(resolve(DEFAULT_MODEL), models_dir(), convert, lambda text, fraction: None)
