@@ -24,6 +24,7 @@ from node.compute.messages import Ended, Run
 from node.compute.model_engine import ModelEngine, Tokens
 from node.compute.models import DEFAULT_MODEL, prepare, resolve
 from node.profile import physical_cores
+from tests.benchmarks.machine import memory_gb_s
 from tests.benchmarks.report import Metric, Options, main, spread
 from tests.places import models_dir
 
@@ -50,7 +51,7 @@ def measure(options: Options) -> Iterator[Metric]:
         mine = _ours(engine, n_tokens)
         other = _plain(plain, prompt_ids, n_tokens, threads)
         four = _batch(engine, n_tokens)
-        bandwidth = _bandwidth_gb_s()
+        bandwidth = memory_gb_s()
         if repeat:  # the first round warms caches, kernels and the choice of threads
             ours.append(mine)
             theirs.append(other)
@@ -150,17 +151,6 @@ def _plain(model: Any, prompt_ids: list[int], n_tokens: int, threads: int) -> di
     n = output.shape[1] - len(prompt_ids)
     first_s = clock.times[1]
     return {"decode_tok_s": (n - 1) / (clock.times[-1] - first_s), "ttft_ms": (first_s - start_s) * 1000}
-
-
-def _bandwidth_gb_s() -> float:
-    """How fast all threads together read memory: the best of three sums over 256 MB."""
-    block = torch.ones(64 * 1024 * 1024)
-    best_s = float("inf")
-    for _ in range(3):
-        start_s = time.perf_counter()
-        block.sum()
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return block.nbytes / best_s / 1e9
 
 
 if __name__ == "__main__":

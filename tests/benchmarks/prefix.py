@@ -39,6 +39,7 @@ from node.compute.messages import Ended, Run
 from node.compute.model_engine import ModelEngine, Tokens
 from node.compute.models import DEFAULT_MODEL, prepare, resolve
 from node.profile import physical_cores
+from tests.benchmarks.machine import memory_gb_s
 from tests.benchmarks.report import Metric, Options, main, spread
 from tests.places import models_dir
 from tests.reference.made_adapters import make_adapter
@@ -92,8 +93,8 @@ def measure(options: Options) -> Iterator[Metric]:
                 for name, value in found.items():
                     times.setdefault(name, []).append(value)
         held = engine.prefixes.held_bytes
-    memory_gb_s = _bandwidth_gb_s()
-    weights_ms = backbone.weight_bytes / memory_gb_s / 1e6
+    bandwidth_gb_s = memory_gb_s()
+    weights_ms = backbone.weight_bytes / bandwidth_gb_s / 1e6
     cold_ms = statistics.median(times["cold"]) * 1e3
     common = {
         "precision": backbone.precision,
@@ -191,17 +192,6 @@ def _ttft_s(engine: ModelEngine, prompt: str, adapter: str | None) -> float:
         ended += [event for event in engine.step() if isinstance(event, Ended)]
     assert ended[0].ttft_s is not None, ended[0].reason
     return ended[0].ttft_s
-
-
-def _bandwidth_gb_s() -> float:
-    """How fast all threads together read memory: the best of three sums over 256 MB."""
-    block = torch.ones(64 * 1024 * 1024)
-    best_s = float("inf")
-    for _ in range(3):
-        start_s = time.perf_counter()
-        block.sum()
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return block.nbytes / best_s / 1e9
 
 
 if __name__ == "__main__":
