@@ -55,6 +55,10 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
         node=_NODE, incarnation=12, hostname="pi-4", version="0.1.0", protocol_min=1, protocol_max=1,
         addresses=["192.168.1.20"], port=40123, system="Linux aarch64", device="cpu", n_cpus=4,
         memory_bytes=8_000_000_000, model="SmolLM2-135M-Instruct", adapters=[], slots=1, context_tokens=8192,
+        rates=m.NodeRates(
+            prefill_tokens_per_s=96.0, decode_tokens_per_s=9.8, row_cost=0.22, features_tokens_per_s=110.0,
+            tune_tokens_per_s=180.0, adapter_load_s=0.05,
+        ),
     ),
     m.NodeReport: m.NodeReport(
         node=_NODE, incarnation=12, ready=True, activity="1 task", running=1, cpu_percent=97.5,
@@ -77,6 +81,10 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
 
 _NOTES: dict[type, str] = {
     m.NodeState: "`online`, `draining` (finishes its tasks, takes no new ones), `offline` (the will) or `left` (a goodbye).",
+    m.NodeInfo: "`rates` are the node's own measure of itself, for whoever must expect something before the node has worked:"
+    " each is as others see it. `row_cost` is the share of a step that each further answer adds; `origin` is `measured`,"
+    " `busy` (beside other work: measured again later) or `guessed`; `emulated_slowdown` above 1 says that the node plays"
+    " a slower one (`--slowdown`).",
     m.TaskStatus: "`node` is where it runs or ran, `attempt` counts its tries from 1, `durable_on` the nodes that have it on"
     " disk, and `budget_s` is the time left to the deadline when this was sent: devices share no clock, so no time of day"
     " ever travels.",

@@ -12,7 +12,16 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 """
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
-from mesh.messages.node import Drain, NodeForgotten, NodeInfo, NodeReport, NodeStanding, NodeState, PeerHello
+from mesh.messages.node import (
+    Drain,
+    NodeForgotten,
+    NodeInfo,
+    NodeRates,
+    NodeReport,
+    NodeStanding,
+    NodeState,
+    PeerHello,
+)
 from mesh.messages.output import AdapterCard, Output
 from mesh.messages.task import (
     Assign,
@@ -63,6 +72,7 @@ __all__ = [
     "LeaseRecord",
     "NodeForgotten",
     "NodeInfo",
+    "NodeRates",
     "NodeReport",
     "NodeStanding",
     "NodeState",

@@ -8,9 +8,31 @@ from typing import Literal
 from mesh.ids import Boot, NodeId
 from mesh.messages.checks import check_count, check_id, check_seconds, check_text
 
-__all__ = ["Drain", "NodeForgotten", "NodeInfo", "NodeReport", "NodeStanding", "NodeState", "PeerHello"]
+__all__ = [
+    "RATED_TOP_LAYERS",
+    "RATE_MAX",
+    "SLOWDOWN_MAX",
+    "Drain",
+    "NodeForgotten",
+    "NodeInfo",
+    "NodeRates",
+    "NodeReport",
+    "NodeStanding",
+    "NodeState",
+    "PeerHello",
+    "RateOrigin",
+]
 
 NodeStanding = Literal["online", "draining", "offline", "left"]
+
+RateOrigin = Literal["measured", "busy", "guessed"]
+"""``measured`` on a calm machine, perhaps at an earlier start; ``busy``: measured beside other work, so lower
+than it may be, and measured again; ``guessed`` from the size of the model, until it is measured."""
+
+RATE_MAX = 1e9  # tokens/s; a rate above is no rate
+SLOWDOWN_MAX = 1000.0
+RATED_TOP_LAYERS = 4
+"""How many layers at the top ``NodeRates.tune_tokens_per_s`` is for: what is trained without a trial."""
 
 MODEL_NAMES_MAX = 8
 ADDRESSES_MAX = 16  # a laptop with VPNs and containers shows about ten
@@ -41,6 +63,48 @@ class NodeForgotten:
     """Clears a departed node's retained topics."""
 
     node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRates:
+    """How fast a node does each kind of work with nothing else to do: a part of ``NodeInfo``.
+
+    What a coordinator expects before it has seen the node work. All of it is as others see the node: a
+    node that only plays a slower one (``--slowdown``) gives the slower rates.
+    """
+
+    prefill_tokens_per_s: float
+    """Tokens of a prompt."""
+    decode_tokens_per_s: float
+    """Tokens of one answer that is alone."""
+    row_cost: float
+    """What each further answer adds to a step, as a share of a step alone: n answers at once take
+    1 + (n - 1) * ``row_cost`` times as long a step as one."""
+    features_tokens_per_s: float | None = None
+    """Tokens through the layers below the top ``RATED_TOP_LAYERS``, forward; ``None``: nothing is tuned here."""
+    tune_tokens_per_s: float | None = None
+    """Tokens through the top ``RATED_TOP_LAYERS``, forward and backward, head left out; ``None`` as above."""
+    adapter_load_s: float = 0.0
+    """To have an adapter in memory that is on disk."""
+    emulated_slowdown: float = 1.0
+    """How many times slower than it is the node plays; 1 = it plays nothing."""
+    origin: RateOrigin = "measured"
+
+    def __post_init__(self) -> None:
+        for name in _RATES:
+            rate: float | None = getattr(self, name)
+            if rate is not None and not 0 < rate <= RATE_MAX:
+                raise ValueError(f"{name} must be above 0 and at most {RATE_MAX:g}, got {rate}")
+        if not 0 <= self.row_cost <= 100:
+            raise ValueError(f"row_cost must be from 0 to 100, got {self.row_cost}")
+        check_seconds("adapter_load_s", self.adapter_load_s)
+        if not 1 <= self.emulated_slowdown <= SLOWDOWN_MAX:
+            raise ValueError(
+                f"emulated_slowdown must be from 1 to {SLOWDOWN_MAX:g}, got {self.emulated_slowdown}"
+            )
+
+
+_RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "features_tokens_per_s", "tune_tokens_per_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +139,8 @@ class NodeInfo:
     """Of the weights while they compute, such as ``int8``, once known; by phase where phases differ."""
     precision_reason: str | None = None
     """Why, in words."""
+    rates: NodeRates | None = None
+    """How fast it works, once it can; ``None`` from a node that does not say."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)

@@ -29,7 +29,7 @@ NEVER_TRAVEL = {
     m.EpochSeen,  # durable only
     m.Unacceptable,  # made here of what came
     m.PeerHello,  # travels on the data plane
-    m.TuneSpec, m.Output, m.AdapterCard,  # parts of others
+    m.TuneSpec, m.Output, m.AdapterCard, m.NodeRates,  # parts of others
 }  # fmt: skip
 
 
