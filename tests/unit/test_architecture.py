@@ -20,6 +20,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "ifaddr": ("mesh/transport/interfaces.py",),
     "msgpack": ("mesh/wire.py",),
     "msgspec": ("mesh/wire.py",),
+    "numpy": ("coordinator/policy/", "coordinator/virtual/"),
     "paho": ("mesh/transport/mqtt.py",),
     "platformdirs": ("node/state.py",),
     "psutil": ("node/profile.py",),

@@ -1,0 +1,112 @@
+"""The table of waiting tasks: one row each, in arrays that are kept and not rebuilt.
+
+Rows are in no order: a row that leaves is filled with the last one. Nothing may depend on the order of
+rows; ties are broken by deadline, ``tie`` and id.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.policy.cost import amounts_of
+from coordinator.policy.decisions import Job
+from coordinator.policy.density import Floats
+from coordinator.policy.rates import PARTS
+from coordinator.policy.work import KINDS
+from mesh.core import FOREVER
+from mesh.ids import TaskId
+
+__all__ = ["JobTable"]
+
+_FLOATS = ("value", "deadline_at", "arrived_at", "patience_s", "best_s")
+_INTS = ("kind", "needs", "reuse")
+_KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
+
+
+class JobTable:
+    """Shapes: with n rows, every column is (n,) and ``amounts`` is (parts, n)."""
+
+    def __init__(self) -> None:
+        self._capacity = 64
+        self._floats = {name: np.zeros(self._capacity) for name in _FLOATS}
+        self._ints = {name: np.zeros(self._capacity, np.intp) for name in _INTS}
+        self._amounts = np.zeros((len(PARTS), self._capacity))
+        self.jobs: list[Job] = []
+        """By row."""
+        self._row: dict[TaskId, int] = {}
+        self.n_virtual = 0
+        """Rows without a deadline of their own."""
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __contains__(self, task: TaskId) -> bool:
+        return task in self._row
+
+    def row(self, task: TaskId) -> int:
+        return self._row[task]
+
+    def get(self, task: TaskId) -> Job | None:
+        row = self._row.get(task)
+        return None if row is None else self.jobs[row]
+
+    def column(self, name: str) -> Floats:
+        return self._floats[name][: len(self.jobs)]
+
+    def numbers(self, name: str) -> NDArray[np.intp]:
+        return self._ints[name][: len(self.jobs)]
+
+    @property
+    def amounts(self) -> Floats:
+        """(parts, n)"""
+        return self._amounts[:, : len(self.jobs)]
+
+    def add(self, job: Job, *, needs: int, reuse: int, best_s: float, patience_s: float) -> int:
+        """Append a row. ``patience_s`` is after how long a task without a deadline becomes urgent."""
+        assert job.task not in self._row, f"task {job.task} waits already"
+        row = len(self.jobs)
+        if row == self._capacity:
+            self._grow()
+        self.jobs.append(job)
+        self._row[job.task] = row
+        is_virtual = job.deadline_at == FOREVER
+        self.n_virtual += is_virtual
+        floats, ints = self._floats, self._ints
+        floats["value"][row] = job.value
+        floats["deadline_at"][row] = job.arrived_at + patience_s if is_virtual else job.deadline_at
+        floats["arrived_at"][row] = job.arrived_at
+        floats["patience_s"][row] = patience_s if is_virtual else FOREVER
+        floats["best_s"][row] = best_s
+        ints["kind"][row] = _KIND_NUMBER[job.work.kind]
+        ints["needs"][row] = needs
+        ints["reuse"][row] = reuse
+        self._amounts[:, row] = amounts_of(job.work)
+        return row
+
+    def remove(self, task: TaskId) -> tuple[Job, int, int]:
+        """Take a row out; the job, its needs' and its reuse's numbers come back."""
+        row = self._row.pop(task)
+        job, last = self.jobs[row], len(self.jobs) - 1
+        needs, reuse = int(self._ints["needs"][row]), int(self._ints["reuse"][row])
+        self.n_virtual -= job.deadline_at == FOREVER
+        if row != last:
+            self.jobs[row] = self.jobs[last]
+            self._row[self.jobs[row].task] = row
+            for column in (*self._floats.values(), *self._ints.values()):
+                column[row] = column[last]
+            self._amounts[:, row] = self._amounts[:, last]
+        self.jobs.pop()
+        return job, needs, reuse
+
+    def tie_of(self, row: int) -> tuple[float, str, TaskId]:
+        """Deadline, then ``tie``, then id: two rows never have the same."""
+        job = self.jobs[row]
+        return float(self._floats["deadline_at"][row]), job.tie, job.task
+
+    def _grow(self) -> None:
+        self._capacity *= 2
+        for columns in (self._floats, self._ints):
+            for name, column in columns.items():
+                columns[name] = np.resize(column, self._capacity)  # type: ignore[assignment, index]
+        self._amounts = np.concatenate([self._amounts, np.zeros_like(self._amounts)], axis=1)

@@ -1,0 +1,238 @@
+"""The table of nodes: rates, corrections, who has what, and what runs there now."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.policy.cost import CostModel
+from coordinator.policy.decisions import Job, NodeView
+from coordinator.policy.density import Floats
+from coordinator.policy.keys import Keys
+from coordinator.policy.rates import PARTS
+from coordinator.policy.work import KINDS, Needs
+from mesh.core import FOREVER
+from mesh.ids import NodeId, TaskId
+
+__all__ = ["NodeTable", "Running"]
+
+_WARM_MAX = 16
+"""Adapters or sets of features a node is believed to have from earlier work: the latest."""
+
+
+@dataclass(slots=True)
+class Running:
+    """One attempt on a node."""
+
+    job: Job
+    node: NodeId
+    started_at: float
+    expected_s: float
+    """From start to end, as predicted when it started."""
+    reuse: float
+    row_seconds_before: float
+    """The node's integral of attempts over time when this one started."""
+    is_pausing: bool = False
+    """Told to give way; its slot is counted as free."""
+    is_paused: bool = False
+    """Generation that stands still on its node."""
+    density: float = 0.0
+    paused_at: float = 0.0
+    stood_s: float = 0.0
+
+    def left_s(self, now: float) -> float:
+        """Seconds of service left, as far as predicted; never nothing."""
+        until = self.paused_at if self.is_paused else now
+        return max(self.expected_s - (until - self.started_at - self.stood_s), 0.05 * self.expected_s)
+
+
+@dataclass(slots=True)
+class _Slots:
+    view: NodeView
+    running: dict[TaskId, Running] = field(default_factory=dict)
+    warm: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    row_seconds: float = 0.0
+    counted_at: float = 0.0
+
+
+class NodeTable:
+    """Shapes: with M nodes, every column is (M,)."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self.ids: list[NodeId] = []
+        self._row: dict[NodeId, int] = {}
+        self._slots: list[_Slots] = []
+        self.unit_s: Floats = np.zeros((len(PARTS), 0))
+        self.row_cost: Floats = np.zeros(0)
+        self.corrections: Floats = np.zeros((len(KINDS), 0))
+        self.is_known: NDArray[np.bool_] = np.zeros((len(KINDS), 0), np.bool_)
+        self.n_rows: Floats = np.zeros(0)
+        """Attempts that share steps on each node, paused ones apart."""
+        self.has_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.has_tune_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.free_at: Floats = np.zeros(0)
+        """When the next slot is expected to be free; -inf with room."""
+        self.needs: Keys[Needs] = Keys()
+        self.reuses: Keys[str] = Keys()
+        self.has: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        """(needs, M)"""
+        self.warm: Floats = np.zeros((0, 0))
+        """(reuses, M) Share of what a task reuses that the node has."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, node: NodeId) -> bool:
+        return node in self._row
+
+    def row(self, node: NodeId) -> int:
+        return self._row[node]
+
+    def view(self, row: int) -> NodeView:
+        return self._slots[row].view
+
+    def running(self, row: int) -> dict[TaskId, Running]:
+        return self._slots[row].running
+
+    # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
+
+    def put(self, view: NodeView) -> bool:
+        """Add or replace a node; whether anything changed."""
+        row = self._row.get(view.id)
+        if row is None:
+            row = self._row[view.id] = len(self.ids)
+            self.ids.append(view.id)
+            self._slots.append(_Slots(view))
+            for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm"):
+                setattr(self, name, _wider(getattr(self, name)))
+            for name in ("has_room", "has_tune_room", "free_at"):
+                setattr(self, name, _wider(getattr(self, name)))
+        elif self._slots[row].view == view:
+            return False
+        self._slots[row].view = view
+        self.unit_s[:, row] = view.rates.unit_s
+        self.row_cost[row] = view.rates.row_cost
+        for needs, number in self.needs.items():
+            self.has[number, row] = view.has(needs)
+        for reuse, number in self.reuses.items():
+            self.warm[number, row] = reuse in self._slots[row].warm
+        self.learned(view.id)
+        self._count(row)
+        return True
+
+    def drop(self, node: NodeId) -> list[Running]:
+        """Take a node out; what ran there comes back."""
+        row = self._row.pop(node)
+        ran = list(self._slots[row].running.values())
+        del self.ids[row], self._slots[row]
+        for name in ("unit_s", "corrections", "is_known", "has", "warm"):
+            setattr(self, name, np.delete(getattr(self, name), row, axis=1))
+        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at"):
+            setattr(self, name, np.delete(getattr(self, name), row))
+        self._row = {name: at for at, name in enumerate(self.ids)}
+        return ran
+
+    def learned(self, node: NodeId) -> None:
+        """The cost model changed its mind about the node."""
+        row = self._row[node]
+        rates = self._slots[row].view.rates
+        for number, kind in enumerate(KINDS):
+            self.corrections[number, row] = self._cost.correction(kind, node)
+            self.is_known[number, row] = self._cost.is_known(kind, node, rates)
+
+    # ── keys ────────────────────────────────────────────────────────────────────────────────────────
+
+    def take_keys(self, job: Job) -> tuple[int, int]:
+        """Numbers of what the job needs and reuses; ``release_keys`` gives them back."""
+        needs, is_new = self.needs.take(job.needs)
+        if is_new:
+            self.has = _taller(self.has, len(self.needs))
+            self.has[needs] = [slots.view.has(job.needs) for slots in self._slots]
+        name = job.work.reuses or ""
+        reuse, is_new = self.reuses.take(name)
+        if is_new:
+            self.warm = _taller(self.warm, len(self.reuses))
+            self.warm[reuse] = [name in slots.warm for slots in self._slots]
+        return needs, reuse
+
+    def release_keys(self, needs: int, reuse: int) -> None:
+        self.needs.release(needs)
+        self.reuses.release(reuse)
+
+    def reuse_of(self, job: Job, row: int) -> float:
+        return 1.0 if job.work.reuses in self._slots[row].warm else 0.0
+
+    # ── what runs ───────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, row: int, running: Running, now: float) -> None:
+        slots = self._slots[row]
+        self._integrate(slots, now)
+        running.row_seconds_before = slots.row_seconds
+        slots.running[running.job.task] = running
+        name = running.job.work.reuses
+        if name:
+            slots.warm[name] = None
+            slots.warm.move_to_end(name)
+            self._set_warm(name, row, 1.0)
+            if len(slots.warm) > _WARM_MAX:
+                self._set_warm(slots.warm.popitem(last=False)[0], row, 0.0)
+        self._count(row)
+
+    def end(self, row: int, task: TaskId, now: float) -> tuple[Running, float]:
+        """Take an attempt off; with the mean number of attempts that shared the node with it, itself included."""
+        slots = self._slots[row]
+        self._integrate(slots, now)
+        running = slots.running.pop(task)
+        ran_s = now - running.started_at
+        rows = (slots.row_seconds - running.row_seconds_before) / ran_s if ran_s > 0 else 1.0
+        self._count(row)
+        return running, max(1.0, rows)
+
+    def change(self, row: int, now: float) -> None:
+        """A running attempt was marked as pausing or paused, or carries on."""
+        self._integrate(self._slots[row], now)
+        self._count(row)
+
+    def _integrate(self, slots: _Slots, now: float) -> None:
+        slots.row_seconds += _n_sharing(slots) * max(0.0, now - slots.counted_at)
+        slots.counted_at = max(now, slots.counted_at)
+
+    def _count(self, row: int) -> None:
+        slots = self._slots[row]
+        view = slots.view
+        taken = [r for r in slots.running.values() if not (r.is_pausing or r.is_paused)]
+        n_tunes = sum(r.job.work.kind == "tune" for r in taken)
+        n = len(taken)
+        self.n_rows[row] = n - n_tunes
+        room = view.is_ready and n < view.slots
+        self.has_room[row] = room
+        self.has_tune_room[row] = room and n_tunes < view.tunes_max
+        ends = (r.started_at + r.stood_s + r.expected_s for r in taken)
+        self.free_at[row] = -FOREVER if room else min(ends, default=FOREVER)
+
+    def _set_warm(self, name: str, row: int, share: float) -> None:
+        number = self.reuses.get(name)
+        if number is not None:
+            self.warm[number, row] = share
+
+
+def _n_sharing(slots: _Slots) -> int:
+    return sum(not (r.is_pausing or r.is_paused or r.job.work.kind == "tune") for r in slots.running.values())
+
+
+def _wider(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """One more node."""
+    shape = (*array.shape[:-1], 1)
+    return np.concatenate([array, np.zeros(shape, array.dtype)], axis=-1)
+
+
+def _taller(array: NDArray[np.generic], n: int) -> NDArray[np.generic]:
+    """At least ``n`` rows."""
+    if array.shape[0] >= n:
+        return array
+    more = np.zeros((max(n, 2 * array.shape[0]) - array.shape[0], array.shape[1]), array.dtype)
+    return np.concatenate([array, more])

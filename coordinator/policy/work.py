@@ -1,0 +1,119 @@
+"""What a task asks for, counted in tokens and independent of the node that will do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mesh.ids import NodeId
+from mesh.messages import Submit
+from mesh.messages.task import TaskKind
+
+__all__ = ["ANYTHING", "KINDS", "Needs", "Work", "needs_of", "work_of"]
+
+KINDS: Final[tuple[TaskKind, ...]] = ("generate", "score", "classify", "embed", "tune")
+
+BYTES_PER_TOKEN: Final = 4.0
+"""English under a vocabulary of 32 k to 150 k: 3.5 to 4.5. The cost model corrects what remains."""
+_FILE_TOKENS: Final = 20_000
+"""Of records that stay in a file on their holders: a small job, about 300 texts of a paragraph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a node must have before it may run the task. Equal needs are scored together."""
+
+    model: str | None = None
+    adapter: str | None = None
+    holders: frozenset[NodeId] = frozenset()
+    """Nodes that have the data; empty: any node will do."""
+
+
+ANYTHING: Final = Needs()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Amounts by part; ``coordinator.policy.cost`` turns them into seconds on a node.
+
+    A node that did work with the same ``reuses`` a moment ago is spared the adapter load and the features.
+    """
+
+    kind: TaskKind = "generate"
+    n_prompt_tokens: float = 0.0
+    """Read before the answer: the prompt, or all texts."""
+    n_tokens: float = 0.0
+    """Expected length of the answer."""
+    n_feature_tokens: float = 0.0
+    """Tuning: tokens whose feature maps are made once."""
+    n_tune_tokens: float = 0.0
+    """Tuning: tokens times the epochs that are left."""
+    n_adapter_loads: float = 0.0
+    """1.0 if an adapter has to be in memory, otherwise 0.0."""
+    reuses: str | None = None
+    """Name of what a node may have from earlier work: an adapter, or the digest of records."""
+
+    def __post_init__(self) -> None:
+        amounts = (self.n_prompt_tokens, self.n_tokens, self.n_feature_tokens, self.n_tune_tokens)
+        if not all(0 <= amount < float("inf") for amount in (*amounts, self.n_adapter_loads)):
+            raise ValueError(f"amounts of work must be finite and not negative, got {self}")
+
+    def left(self, fraction: float) -> Work:
+        """What remains when all but ``fraction`` (0 to 1) of the answer or of the training is done."""
+        assert 0 <= fraction <= 1, f"a fraction is from 0 to 1, got {fraction}"
+        return replace(
+            self,
+            n_prompt_tokens=self.n_prompt_tokens
+            if self.kind == "generate"
+            else self.n_prompt_tokens * fraction,
+            n_tokens=self.n_tokens * fraction,
+            n_tune_tokens=self.n_tune_tokens * fraction,
+            n_feature_tokens=self.n_feature_tokens if fraction == 1 else 0.0,
+        )
+
+
+def needs_of(submit: Submit) -> Needs:
+    holders = frozenset(submit.tune.holders) if submit.tune is not None else frozenset[NodeId]()
+    return Needs(submit.model, submit.adapter, holders)
+
+
+def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float = BYTES_PER_TOKEN) -> Work:
+    """The expected amounts of a submission.
+
+    Args:
+        answer_share: How much of ``max_tokens`` answers use on average (``CostModel.answer_share``).
+        bytes_per_token: UTF-8 bytes of text per token (``CostModel.bytes_per_token``).
+    """
+    prompt = sum(_n_bytes(message.content) for message in submit.messages) + _n_bytes(submit.prompt or "")
+    texts = sum(map(_n_bytes, submit.texts))
+    n_adapter_loads = 0.0 if submit.adapter is None else 1.0
+    match submit.kind:
+        case "generate":
+            return Work(
+                n_prompt_tokens=prompt / bytes_per_token,
+                n_tokens=submit.max_tokens * answer_share,
+                n_adapter_loads=n_adapter_loads,
+                reuses=submit.adapter,
+            )
+        case "tune":
+            tune = submit.tune
+            assert tune is not None, "a tune task has its spec"
+            n_tokens = _FILE_TOKENS if tune.data is None else _n_bytes(tune.data) / bytes_per_token
+            return Work(
+                kind="tune",
+                n_feature_tokens=n_tokens,
+                n_tune_tokens=n_tokens * tune.epochs,
+                reuses=tune.data_sha256,
+            )
+        case _:
+            read = texts + prompt * len(submit.texts)
+            return Work(
+                kind=submit.kind,
+                n_prompt_tokens=read / bytes_per_token,
+                n_adapter_loads=n_adapter_loads,
+                reuses=submit.adapter,
+            )
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
