@@ -1,10 +1,11 @@
 """Seconds a task takes on a node: rates times amounts, corrected by what was seen.
 
 ``service_s = correction(kind, node) * sum(amounts * unit_s)``. The correction is an exponentially weighted
-mean of actual / predicted, per (kind, node), begun from the kind's mean over all nodes, so that what is true of a
-kind everywhere (more tokens than thought) is known on a node that has not done one yet.
+mean of actual / predicted, per (kind, node), begun from the kind's mean over all nodes, so that what is
+true of a kind everywhere (more tokens than thought) is known on a node that has not done one yet.
 
-The same model learns what answers use of ``max_tokens``, how many bytes a token has, and how well it predicts.
+The same model learns what answers use of ``max_tokens``, how many bytes a token has, and how well it
+predicts.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ class CostModel:
     ) -> None:
         """Take in how one attempt went.
 
-        The rates are corrected by what the attempt turned out to be (its real counts of tokens, its company in
-        the batch); the error is that of the prediction made at its start, ``predicted_s``.
+        The rates are corrected by what the attempt turned out to be (its real counts of tokens, its company
+        in the batch); the error is that of the prediction made at its start, ``predicted_s``.
         """
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:
@@ -179,8 +180,8 @@ class CostModel:
         self._answers.take(max(n_tokens, 1) / max_tokens)
 
     def learn_bytes(self, *, n_bytes: int, n_tokens: int) -> None:
-        """So many bytes of prompt or texts were so many tokens. Few say more of the template than of the text."""
-        if n_bytes >= 64 and n_tokens > 0:
+        """So many bytes of prompt or texts were so many tokens."""
+        if n_bytes >= 64 and n_tokens > 0:  # fewer say more of the chat template than of the text
             self._bytes.take(n_bytes / n_tokens / BYTES_PER_TOKEN)
 
     def forget(self, node: NodeId) -> None:

@@ -46,7 +46,7 @@ class Job:
     deadline_at: float = FOREVER
     needs: Needs = ANYTHING
     tie: str = ""
-    """Orders tasks of equal score and deadline, before the id: a digest makes the order that of the bodies."""
+    """Orders tasks of equal score and deadline, before the id: with a digest, equal bodies come together."""
     avoid: Mapping[NodeId, float] = field(default_factory=dict)
     """Nodes that refused or failed it -> until when not to ask them."""
 

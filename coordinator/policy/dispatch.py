@@ -6,47 +6,59 @@
               ▼                        ▼
        decide: Drop             decide: Pause
 
-``decide`` changes the dispatcher's own books at once: what it returns has happened as far as it is concerned,
-and ``requeue`` takes a start back. Everything is deterministic: the order in which calls at one ``now`` were made
-changes nothing, ties are broken by deadline, ``Job.tie`` and id.
+``decide`` changes the dispatcher's own books at once: what it returns has happened as far as it is
+concerned, and ``requeue`` takes a start back. Everything is deterministic: in which order calls at one
+``now`` were made changes nothing; ties are broken by deadline, ``Job.tie`` and id.
+
+Bounds: a row per waiting task and a record per running one (the caller's admission bounds both), two
+entries per waiting task on the list of what may become hopeless, ``explained_max`` explanations.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from math import exp, nextafter
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.policy.cost import CostModel, Observed
-from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Start, Why
-from coordinator.policy.density import Floats, age_factor
+from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Pause, Resume, Start, Why
+from coordinator.policy.density import Floats
+from coordinator.policy.explaining import candidates_of, sentence
 from coordinator.policy.jobs import JobTable
+from coordinator.policy.looking import Look, look, ranks
 from coordinator.policy.nodes import NodeTable, Running
-from coordinator.policy.policies import Policy, Scene
-from coordinator.policy.pricing import Prices, fastest_s, prices
+from coordinator.policy.policies import SLACK_K, Policy
+from coordinator.policy.pricing import fastest_s
+from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 
 __all__ = ["DispatchConfig", "Dispatcher"]
 
 _MATRIX_MAX: Final = 100_000
-"""Elements (tasks times nodes) scored at once; above, tasks are ordered by their best node and placed one by one."""
-_CANDIDATES_MAX: Final = 8
+"""Pairs of a task and a node scored at once, 1 ms: above, tasks are placed in blocks, see ``ranks``."""
+_TUNE: Final = KINDS.index("tune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchConfig:
     patience_s: float = 30.0
     """A task without a deadline is as urgent as can be after this and its own service time; then it ages."""
+    chunk_s: float = 1.0
+    """Longest chunk of tuning: how long a newcomer may wait for it."""
+    preempt_ratio: float = 2.0
+    """A newcomer's density over the runner's, at least, for generation to be paused."""
     explain: bool = True
-    """Fill in ``Why.candidates``. Costs about 30 us a decision; the simulator goes without."""
+    """Fill in ``Why.candidates`` and ``Why.words``; the simulator goes without."""
     explained_max: int = 4096
-    """Tasks whose last decision is kept."""
+    """Tasks whose last decision is kept, about 2 KiB each."""
 
 
 class Dispatcher:
@@ -60,6 +72,16 @@ class Dispatcher:
         self._nodes = NodeTable(cost)
         self._runs_on: dict[TaskId, NodeId] = {}
         self._hopeless: list[tuple[float, TaskId]] = []
+        self._yielding: set[TaskId] = set()
+        """Tuning that runs in chunks."""
+        self._paused: dict[NodeId, TaskId] = {}
+        """Generation that stands still; at most one on a node, so that a pause ends soon."""
+        self._newcomers: list[TaskId] = []
+        """Added since the last decision."""
+        self._contest_at = FOREVER
+        """When running chunks are compared with who waits again."""
+        self._mean_s = 1.0
+        """Mean cost of the waiting tasks when last looked at."""
         self._why: OrderedDict[TaskId, Why] = OrderedDict()
 
     # ── what others may read ────────────────────────────────────────────────────────────────────────
@@ -75,7 +97,15 @@ class Dispatcher:
     def n_running(self) -> int:
         return len(self._runs_on)
 
+    @property
+    def nodes(self) -> frozenset[NodeId]:
+        return frozenset(self._nodes.ids)
+
+    def is_waiting(self, task: TaskId) -> bool:
+        return task in self._jobs
+
     def node_of(self, task: TaskId) -> NodeId | None:
+        """Where the task runs; ``None`` if it does not."""
         return self._runs_on.get(task)
 
     def why(self, task: TaskId) -> Why | None:
@@ -84,8 +114,9 @@ class Dispatcher:
 
     @property
     def wake_at(self) -> float:
-        """When ``decide`` has something to do though nothing happens: a task becomes hopeless."""
-        return self._hopeless[0][0] if self._hopeless else FOREVER
+        """When ``decide`` has something to do though nothing happens: a task is hopeless, a chunk ends."""
+        hopeless_at = self._hopeless[0][0] if self._hopeless else FOREVER
+        return min(hopeless_at, self._contest_at if self._yielding and len(self._jobs) else FOREVER)
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,7 +131,7 @@ class Dispatcher:
             return []
         lost = [running.job.task for running in self._nodes.drop(node)]
         for task in lost:
-            del self._runs_on[task]
+            self._stops(task)
         self._look_again()
         return sorted(lost)
 
@@ -109,23 +140,20 @@ class Dispatcher:
     def add(self, job: Job, now: float) -> None:
         """The job waits from now on. Its place in the order does not depend on when it was added."""
         assert job.task not in self, f"task {job.task} is here already"
-        needs, reuse = self._nodes.take_keys(job)
-        row = self._jobs.add(job, needs=needs, reuse=reuse, best_s=0.0, patience_s=self._config.patience_s)
+        row = self._enter(job)
         best_s, certain_s = fastest_s(self._jobs, self._nodes, row)
-        self._jobs.column("best_s")[row] = best_s
-        if job.deadline_at == FOREVER:
-            patience_s = self._config.patience_s + best_s
-            self._jobs.column("patience_s")[row] = patience_s
-            self._jobs.column("deadline_at")[row] = job.arrived_at + patience_s
-        elif self.policy.drop:
+        self._jobs.rate(row, best_s, self._config.patience_s + best_s)
+        if job.deadline_at < FOREVER and self.policy.drop:
             heapq.heappush(self._hopeless, (job.deadline_at - certain_s, job.task))
+            self._tidy()
+        self._newcomers.append(job.task)
 
     def withdraw(self, task: TaskId, now: float) -> None:
         """Forget the task, whatever it does."""
         if task in self._jobs:
             self._leave(task)
         elif task in self._runs_on:
-            self._nodes.end(self._nodes.row(self._runs_on.pop(task)), task, now)
+            self._nodes.end(self._nodes.row(self._stops(task)), task, now)
 
     def running(self, job: Job, node: NodeId, now: float) -> None:
         """The task runs on ``node`` whoever started it, such as an earlier coordinator."""
@@ -137,10 +165,10 @@ class Dispatcher:
 
     def ended(self, task: TaskId, now: float, observed: Observed | None = None) -> None:
         """The task is over; ``observed`` teaches the cost model."""
-        node = self._runs_on.pop(task, None)
-        if node is None:
+        if task not in self._runs_on:
             self.withdraw(task, now)
             return
+        node = self._stops(task)
         row = self._nodes.row(node)
         running, rows = self._nodes.end(row, task, now)
         if observed is not None:
@@ -163,19 +191,30 @@ class Dispatcher:
             left: Share of the work that is still to be done, 0 to 1.
             avoid: Nodes that refused or failed it -> until when not to ask them.
         """
-        node = self._runs_on.pop(task)
-        running, _ = self._nodes.end(self._nodes.row(node), task, now)
+        running, _ = self._nodes.end(self._nodes.row(self._stops(task)), task, now)
         job = replace(running.job, work=running.job.work.left(left), avoid=avoid or running.job.avoid)
         self.add(job, now)
 
     # ── decisions ───────────────────────────────────────────────────────────────────────────────────
 
     def decide(self, now: float) -> list[Decision]:
-        """Everything that is to be done now, in order. A second call at the same time returns nothing."""
+        """Everything that is to be done now, in order. A second call at the same time returns nothing.
+
+        Cost: with m nodes that have room and n waiting tasks about 20 passes over n * m numbers, and
+        next to nothing while no node has room.
+        """
         decisions: list[Decision] = []
-        if self.policy.drop:
+        if self._hopeless and self._hopeless[0][0] <= now:
             decisions += self._drop_hopeless(now)
-        decisions += self._fill(now)
+        if self._paused:
+            decisions += self._resume(now)
+        if len(self._jobs):
+            decisions += self._fill(now)
+            if self._yielding and self.policy.chunk:
+                decisions += self._end_chunks(now)
+            if self._newcomers and self.policy.preempt:
+                decisions += self._preempt(now)
+        self._newcomers.clear()
         return decisions
 
     def _drop_hopeless(self, now: float) -> list[Decision]:
@@ -185,140 +224,303 @@ class Dispatcher:
             job = self._jobs.get(task)
             if job is None:
                 continue
-            best_s, certain_s = fastest_s(self._jobs, self._nodes, self._jobs.row(task))
+            _, certain_s = fastest_s(self._jobs, self._nodes, self._jobs.row(task))
             if now + certain_s <= job.deadline_at and now < job.deadline_at:
-                heapq.heappush(self._hopeless, (job.deadline_at - certain_s, task))
-                if job.deadline_at - certain_s <= now:
-                    break  # exactly now or never: it may still start in this decision
+                # Rounding must not bring it up at this same moment for ever.
+                again_at = max(job.deadline_at - certain_s, nextafter(now, FOREVER))
+                heapq.heappush(self._hopeless, (again_at, task))
                 continue
             self._leave(task)
-            dropped.append(Drop(task=task, reason=_hopeless_words(certain_s, job.deadline_at - now)))
+            dropped.append(Drop(task=task, reason=hopeless_words(certain_s, job.deadline_at - now)))
         return sorted(dropped, key=lambda drop: drop.task)
+
+    def _resume(self, now: float) -> list[Decision]:
+        """Paused generation goes on as soon as its node has room, before anything new starts there."""
+        resumed: list[Decision] = []
+        for node, task in sorted(self._paused.items()):
+            row = self._nodes.row(node)
+            if not self._nodes.has_room[row]:
+                continue
+            running = self._nodes.running(row)[task]
+            running.stood_s += now - running.paused_at
+            running.is_paused = False
+            self._nodes.change(row, now)
+            del self._paused[node]
+            words = f"goes on after {running.stood_s:.1f} s: {node} has room again"
+            why = self._why_runner(running, words, now)
+            resumed.append(Resume(task=task, node=node, why=why))
+        return resumed
+
+    # ── starting ────────────────────────────────────────────────────────────────────────────────────
 
     def _fill(self, now: float) -> list[Decision]:
         """Start what can start on nodes with room."""
         open_nodes = np.flatnonzero(self._nodes.has_room)
-        if not len(open_nodes) or not len(self._jobs):
+        if not len(open_nodes):
             return []
-        scene, priced = self._scene(now, open_nodes)
-        scores = self._allowed_scores(scene, priced)
-        best = scores.max(axis=1)
-        order = self._in_order(best)
+        if len(open_nodes) == 1:
+            return self._fill_one(now, open_nodes)
         started: list[Decision] = []
         closed = np.zeros(len(open_nodes), np.bool_)
-        tasks = [self._jobs.jobs[row].task for row in order]
-        rows = dict(zip(tasks, order, strict=True))
-        for task in tasks:
-            row = rows[task]
-            column = self._column_for(scores[row], priced.finish_s[row], closed)
-            if column is None:
-                continue
-            node = int(open_nodes[column])
-            started.append(self._start(task, row, column, node, scene, scores, priced, now))
-            closed[column] = not self._nodes.has_room[node]
+        is_changed = False  # a node in use still has room: its prices are not those of the look
+        for rows, seen in self._blocks(now, open_nodes):
+            for index in self._in_order(seen.scores.max(axis=1), rows):
+                row = int(rows[index])
+                at = seen
+                if is_changed:
+                    at, index = self._look_at(row, now, open_nodes, seen.scene.mean_s), 0
+                column = self._column_for(at, index, closed, open_nodes)
+                if column is None:
+                    continue
+                started.append(self._start(row, at, index, column, now))
+                node = open_nodes[column]
+                closed[column] = not self._nodes.has_room[node]
+                is_changed |= not closed[column]
+                if closed.all():
+                    break
             if closed.all():
                 break
         for start in started:
-            assert isinstance(start, Start)
             self._leave(start.task)
         return started
 
-    def _scene(self, now: float, open_nodes: NDArray[np.intp]) -> tuple[Scene, Prices]:
-        jobs, nodes = self._jobs, self._nodes
-        everything = slice(None)
-        priced = prices(jobs, nodes, everything, open_nodes)
-        deadline_at, patience_s = jobs.column("deadline_at"), jobs.column("patience_s")
-        value = jobs.column("value")
-        if jobs.n_virtual:
-            value = value * age_factor(now, deadline_at, patience_s)
-        scene = Scene(
-            now=now,
-            value=value,
-            deadline_at=deadline_at,
-            is_virtual=np.isfinite(patience_s),
-            arrived_at=jobs.column("arrived_at"),
-            cost_s=priced.cost_s,
-            finish_s=priced.finish_s,
-            mean_s=priced.cost_s.mean(axis=0),
-            room_in_s=np.maximum(nodes.free_at - now, 0.0),
-            open_nodes=open_nodes,
-            all_finish=lambda: prices(jobs, nodes, everything, everything, alone=True).finish_s,
-        )
-        return scene, priced
+    def _fill_one(self, now: float, open_nodes: NDArray[np.intp]) -> list[Decision]:
+        """The common case: one node has room."""
+        started: list[Decision] = []
+        while len(self._jobs) and self._nodes.has_room[open_nodes[0]]:
+            seen = look(self.policy, self._jobs, self._nodes, now, columns=open_nodes)
+            self._mean_s = float(seen.scene.mean_s[0])
+            scores = seen.scores[:, 0]
+            row = self._first(scores)
+            if row is None:
+                break
+            start = self._start(row, seen, row, 0, now)
+            self._leave(start.task)
+            started.append(start)
+        return started
 
-    def _allowed_scores(self, scene: Scene, priced: Prices) -> Floats:
-        """The policy's scores, ``-inf`` where the task must not start."""
-        scores = self.policy.score(scene)
-        allowed = np.isfinite(scene.finish_s)
-        if self.policy.drop:
-            is_late = (scene.now + scene.finish_s > scene.deadline_at[:, None]) & priced.is_known
-            is_late |= (scene.deadline_at <= scene.now)[:, None]
-            allowed &= ~is_late | scene.is_virtual[:, None]
-        if self.policy.keeps is not None:
-            allowed &= self.policy.keeps(scene)[:, None]
-        is_tune = self._jobs.numbers("kind") == 4
-        if is_tune.any():
-            allowed &= ~is_tune[:, None] | self._nodes.has_tune_room[scene.open_nodes][None, :]
-        for row, job in enumerate(self._jobs.jobs):
-            for node, until in job.avoid.items():
-                if until > scene.now and node in self._nodes:
-                    allowed[row, scene.open_nodes == self._nodes.row(node)] = False
-        return np.where(allowed, scores, -np.inf)
+    def _blocks(self, now: float, open_nodes: NDArray[np.intp]) -> Iterator[tuple[NDArray[np.intp], Look]]:
+        """Waiting tasks, all at once or, if that is too many pairs, in blocks from the first to the last."""
+        n = len(self._jobs)
+        if n * len(open_nodes) <= _MATRIX_MAX:
+            seen = look(self.policy, self._jobs, self._nodes, now, columns=open_nodes)
+            self._mean_s = float(seen.scene.mean_s.mean())
+            yield np.arange(n), seen
+            return
+        first = ranks(self.policy, self._jobs, self._nodes, now)
+        order = np.fromiter(self._in_order(first, np.arange(n)), np.intp)
+        size = max(1, _MATRIX_MAX // len(open_nodes))
+        mean_s: Floats | None = None
+        for at in range(0, len(order), size):
+            rows = order[at : at + size]
+            seen = look(
+                self.policy, self._jobs, self._nodes, now, rows=rows, columns=open_nodes, mean_s=mean_s
+            )
+            mean_s = seen.scene.mean_s
+            yield rows, seen
 
-    def _in_order(self, best: Floats) -> list[int]:
-        """Rows that may start, the highest score first."""
-        rows = np.flatnonzero(best > -np.inf)
-        return sorted(map(int, rows), key=lambda row: (-best[row], self._jobs.tie_of(row)))
+    def _look_at(self, row: int, now: float, columns: NDArray[np.intp], mean_s: Floats | None) -> Look:
+        rows = np.array([row])
+        return look(self.policy, self._jobs, self._nodes, now, rows=rows, columns=columns, mean_s=mean_s)
 
-    def _column_for(self, scores: Floats, finish_s: Floats, closed: NDArray[np.bool_]) -> int | None:
-        """The open node where the task ends first; ties go to the first by id."""
-        usable = np.where((scores > -np.inf) & ~closed, finish_s, np.inf)
-        column = int(usable.argmin())
-        return None if usable[column] == np.inf else column
+    def _in_order(self, best: Floats, rows: NDArray[np.intp]) -> Iterator[int]:
+        """Indexes of tasks that may start, the highest score first."""
+        able = np.flatnonzero(best > -np.inf)
+        deadlines = self._jobs.column("deadline_at")[rows[able]]
+        order = able[np.lexsort((deadlines, -best[able]))]
+        for _, run in groupby(order, key=lambda index: best[index]):
+            ties = list(run)
+            if len(ties) > 1:
+                ties.sort(key=lambda index: self._jobs.tie_of(rows[index]))
+            yield from map(int, ties)
+
+    def _first(self, scores: Floats) -> int | None:
+        """The row with the highest score; ``None`` if none may start."""
+        best = scores.max()
+        if best == -np.inf:
+            return None
+        ties = np.flatnonzero(scores == best)
+        return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=self._jobs.tie_of)
+
+    def _column_for(
+        self, seen: Look, index: int, closed: NDArray[np.bool_], open_nodes: NDArray[np.intp]
+    ) -> int | None:
+        """Which of the open nodes the task goes to; ties go to the first by id."""
+        scores = seen.scores[index]
+        keys = seen.scene.finish_s[index] if self.policy.place == "first_end" else -scores
+        keys = np.where((scores > -np.inf) & ~closed, keys, np.inf)
+        best = keys.min()
+        if best == np.inf:
+            return None
+        ties = np.flatnonzero(keys == best)
+        if len(ties) == 1:
+            return int(ties[0])
+        return min(map(int, ties), key=lambda column: self._nodes.ids[open_nodes[column]])
 
     def _start(
-        self,
-        task: TaskId,
-        row: int,
-        column: int,
-        node: int,
-        scene: Scene,
-        scores: Floats,
-        priced: Prices,
-        now: float,
+        self, row: int, seen: Look, index: int, column: int, now: float, *, after: Running | None = None
     ) -> Start:
-        job = self._jobs.jobs[row]
+        """Put the task of ``row`` on a node. It is still in the table of who waits."""
+        job, node = self._jobs.jobs[row], int(seen.scene.open_nodes[column])
+        scene = seen.scene
         why = Why(
             at=now,
             policy=self.policy.name,
             words="",
-            score=float(scores[row, column]),
-            density=float(scene.value[row] / priced.cost_s[row, column]),
-            laxity_s=None if scene.is_virtual[row] else float(scene.laxity_s[row, column]),
-            cost_s=float(priced.cost_s[row, column]),
-            service_s=float(priced.finish_s[row, column]),
-            n_waiting=len(self._jobs),
+            score=float(seen.scores[index, column]),
+            density=float(scene.value[index] / scene.cost_s[index, column]),
+            laxity_s=None if scene.is_virtual[index] else float(scene.laxity_s[index, column]),
+            cost_s=float(scene.cost_s[index, column]),
+            service_s=float(scene.finish_s[index, column]),
+            n_waiting=len(self._jobs) - 1,
         )
-        self._run(job, node, now, expected_s=why.service_s, density=why.density)
-        self._note(task, why)
-        return Start(task=task, node=self._nodes.ids[node], why=why)
+        if self._config.explain:
+            found = candidates_of(self._jobs, self._nodes, self.cost, row, node, now)
+            words = sentence(why, self._nodes.ids[node], after)
+            why = replace(why, candidates=found, n_candidates=len(self._nodes), words=words)
+        self._run(job, node, now, expected_s=why.service_s)
+        self._note(job.task, why)
+        return Start(task=job.task, node=self._nodes.ids[node], why=why, after=after and after.job.task)
+
+    # ── giving way ──────────────────────────────────────────────────────────────────────────────────
+
+    def _end_chunks(self, now: float) -> list[Decision]:
+        """Tuning on a full node gives way to what scores higher, at the end of its chunk."""
+        if not self._newcomers and now < self._contest_at:
+            return []
+        self._contest_at = now + self._config.chunk_s
+        decisions: list[Decision] = []
+        for task in sorted(self._yielding):
+            row = self._nodes.row(self._runs_on[task])
+            runner = self._nodes.running(row)[task]
+            if not self._nodes.has_room[row] and not runner.is_pausing and len(self._jobs):
+                decisions += self._contest(runner, row, now)
+        return decisions
+
+    def _contest(self, runner: Running, row: int, now: float) -> list[Decision]:
+        """Score the runner among who waits, as if its chunk were over."""
+        runner.is_pausing = True
+        self._nodes.change(row, now)
+        own = self._enter(replace(runner.job, work=runner.job.work.left(runner.left_share(now))))
+        seen = look(
+            self.policy,
+            self._jobs,
+            self._nodes,
+            now,
+            columns=np.array([row]),
+            wait_s=self._config.chunk_s,
+        )
+        scores = seen.scores[:, 0]
+        least = scores[own]
+        may = (scores > least) & (self._jobs.numbers("kind") != _TUNE)
+        first = self._first(np.where(may, scores, -np.inf)) if may.any() else None
+        self._leave(runner.job.task)  # the last row: no other row moves
+        if first is None:
+            runner.is_pausing = False
+            self._nodes.change(row, now)
+            return []
+        start = self._start(first, seen, first, 0, now, after=runner)
+        self._leave(start.task)
+        pause = Pause(
+            task=runner.job.task,
+            node=runner.node,
+            why=self._why_runner(runner, f"gives way to {start.task} at the end of its chunk", now),
+        )
+        return [pause, start]
+
+    def _preempt(self, now: float) -> list[Decision]:
+        """A newcomer of at least twice the density goes before a generation that can afford to wait."""
+        decisions: list[Decision] = []
+        waiting = [task for task in self._newcomers if task in self._jobs]
+        for task in sorted(waiting, key=lambda task: self._jobs.tie_of(self._jobs.row(task))):
+            job = self._jobs.jobs[self._jobs.row(task)]
+            if job.work.kind != "tune" and job.deadline_at < FOREVER:
+                decisions += self._make_room(job, now)
+        return decisions
+
+    def _make_room(self, job: Job, now: float) -> list[Decision]:
+        found: tuple[float, NodeId, Running] | None = None
+        for row, node in enumerate(self._nodes.ids):
+            if self._nodes.has_room[row] or node in self._paused or job.avoid.get(node, 0.0) > now:
+                continue
+            view = self._nodes.view(row)
+            if not view.is_ready or not view.has(job.needs):
+                continue
+            reuse = self._nodes.reuse_of(job, row)
+            rows = max(1.0, float(self._nodes.n_rows[row]))
+            service_s = self.cost.estimate(job.work, node, view.rates, reuse=reuse, rows=rows).service_s
+            if now + service_s > job.deadline_at or (found is not None and (service_s, node) >= found[:2]):
+                continue
+            runner = self._weakest(row, now)
+            if runner is not None and self._may_preempt(job, service_s, runner, now):
+                found = service_s, node, runner
+        if found is None:
+            return []
+        _, node, runner = found
+        row = self._nodes.row(node)
+        runner.is_paused, runner.paused_at = True, now
+        self._paused[node] = runner.job.task
+        self._nodes.change(row, now)
+        seen = self._look_at(self._jobs.row(job.task), now, np.array([row]), None)
+        start = self._start(self._jobs.row(job.task), seen, 0, 0, now, after=runner)
+        self._leave(job.task)
+        words = (
+            f"waits between two tokens for {job.task}, which has twice its density, and still ends in time"
+        )
+        return [Pause(task=runner.job.task, node=node, why=self._why_runner(runner, words, now)), start]
+
+    def _weakest(self, row: int, now: float) -> Running | None:
+        """The generation on a node that loses least by waiting."""
+        able = [
+            running
+            for running in self._nodes.running(row).values()
+            if running.job.work.kind == "generate" and not running.is_paused
+        ]
+        return min(able, key=lambda r: (self._density(r.job, r.left_s(now), now), r.job.task), default=None)
+
+    def _may_preempt(self, job: Job, service_s: float, runner: Running, now: float) -> bool:
+        left_s = runner.left_s(now)
+        if now + service_s + left_s > runner.job.deadline_at:
+            return False
+        ours, theirs = self._density(job, service_s, now), self._density(runner.job, left_s, now)
+        return ours >= self._config.preempt_ratio * theirs
+
+    def _density(self, job: Job, service_s: float, now: float) -> float:
+        """Value density with the slack discount, of one task."""
+        deadline_at = job.deadline_at
+        if deadline_at == FOREVER:
+            deadline_at = job.arrived_at + self._config.patience_s + service_s
+        laxity = max(deadline_at - now - service_s, 0.0)
+        return job.value / service_s * exp(-laxity / (SLACK_K * self._mean_s))
 
     # ── books ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _run(
-        self, job: Job, row: int, now: float, *, expected_s: float | None = None, density: float = 0.0
-    ) -> None:
-        node, reuse = self._nodes.ids[row], self._nodes.reuse_of(job, row)
-        if expected_s is None:
-            rates = self._nodes.view(row).rates
-            expected_s = self.cost.estimate(job.work, node, rates, reuse=reuse).service_s
-        running = Running(job, node, now, expected_s, reuse, 0.0, density=density)
-        self._nodes.start(row, running, now)
-        self._runs_on[job.task] = node
+    def _enter(self, job: Job) -> int:
+        needs, reuse = self._nodes.take_keys(job)
+        return self._jobs.add(job, needs=needs, reuse=reuse, best_s=0.0, patience_s=self._config.patience_s)
 
     def _leave(self, task: TaskId) -> None:
         _, needs, reuse = self._jobs.remove(task)
         self._nodes.release_keys(needs, reuse)
+
+    def _run(self, job: Job, row: int, now: float, *, expected_s: float | None = None) -> None:
+        node, view = self._nodes.ids[row], self._nodes.view(row)
+        reuse = self._nodes.reuse_of(job, row)
+        if expected_s is None:
+            expected_s = self.cost.estimate(job.work, node, view.rates, reuse=reuse).service_s
+        self._nodes.start(row, Running(job, node, now, expected_s, reuse, 0.0), now)
+        self._runs_on[job.task] = node
+        if job.work.kind == "tune" and self.policy.chunk and not view.tunes_beside:
+            self._yielding.add(job.task)
+            self._contest_at = min(self._contest_at, now + self._config.chunk_s)
+
+    def _stops(self, task: TaskId) -> NodeId:
+        """The task runs no longer; where it did."""
+        node = self._runs_on.pop(task)
+        self._yielding.discard(task)
+        if self._paused.get(node) == task:
+            del self._paused[node]
+        return node
 
     def _note(self, task: TaskId, why: Why) -> None:
         self._why[task] = why
@@ -326,14 +528,38 @@ class Dispatcher:
         while len(self._why) > self._config.explained_max:
             self._why.popitem(last=False)
 
+    def _why_runner(self, running: Running, words: str, now: float) -> Why:
+        """Of a decision about a task that runs."""
+        job, left_s = running.job, running.left_s(now)
+        why = Why(
+            at=now,
+            policy=self.policy.name,
+            words=words,
+            score=self._density(job, left_s, now),
+            density=job.value / left_s,
+            laxity_s=None if job.deadline_at == FOREVER else job.deadline_at - now - left_s,
+            cost_s=left_s,
+            service_s=left_s,
+            n_waiting=len(self._jobs),
+        )
+        self._note(job.task, why)
+        return why
+
     def _look_again(self) -> None:
         """Nodes changed: what was hopeless may not be, and the other way round."""
         if self.policy.drop:
             self._hopeless = [(-FOREVER, job.task) for job in self._jobs.jobs if job.deadline_at < FOREVER]
             heapq.heapify(self._hopeless)
 
+    def _tidy(self) -> None:
+        """Entries of tasks that are gone are left on the list; here it is kept from growing by them."""
+        if len(self._hopeless) > 2 * len(self._jobs) + 64:
+            self._hopeless = [entry for entry in self._hopeless if entry[1] in self._jobs]
+            heapq.heapify(self._hopeless)
 
-def _hopeless_words(best_s: float, left_s: float) -> str:
+
+def hopeless_words(best_s: float, left_s: float) -> str:
+    """Why a task is rejected."""
     if left_s <= 0:
         return "its deadline passed before it could start"
     return f"best node needs {best_s:.1f} s, {left_s:.1f} s left"

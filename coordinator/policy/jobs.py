@@ -37,6 +37,8 @@ class JobTable:
         self._row: dict[TaskId, int] = {}
         self.n_virtual = 0
         """Rows without a deadline of their own."""
+        self.avoiding: set[TaskId] = set()
+        """Tasks that must not go to some nodes for a while."""
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -72,6 +74,8 @@ class JobTable:
         self._row[job.task] = row
         is_virtual = job.deadline_at == FOREVER
         self.n_virtual += is_virtual
+        if job.avoid:
+            self.avoiding.add(job.task)
         floats, ints = self._floats, self._ints
         floats["value"][row] = job.value
         floats["deadline_at"][row] = job.arrived_at + patience_s if is_virtual else job.deadline_at
@@ -84,12 +88,21 @@ class JobTable:
         self._amounts[:, row] = amounts_of(job.work)
         return row
 
+    def rate(self, row: int, best_s: float, patience_s: float) -> None:
+        """Note what the task takes at best, and the patience of a task without a deadline that follows."""
+        self._floats["best_s"][row] = best_s
+        job = self.jobs[row]
+        if job.deadline_at == FOREVER:
+            self._floats["patience_s"][row] = patience_s
+            self._floats["deadline_at"][row] = job.arrived_at + patience_s
+
     def remove(self, task: TaskId) -> tuple[Job, int, int]:
         """Take a row out; the job, its needs' and its reuse's numbers come back."""
         row = self._row.pop(task)
         job, last = self.jobs[row], len(self.jobs) - 1
         needs, reuse = int(self._ints["needs"][row]), int(self._ints["reuse"][row])
         self.n_virtual -= job.deadline_at == FOREVER
+        self.avoiding.discard(task)
         if row != last:
             self.jobs[row] = self.jobs[last]
             self._row[self.jobs[row].task] = row

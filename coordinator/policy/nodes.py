@@ -21,6 +21,8 @@ __all__ = ["NodeTable", "Running"]
 
 _WARM_MAX = 16
 """Adapters or sets of features a node is believed to have from earlier work: the latest."""
+_LEFT_LEAST = 0.05
+"""An attempt that overran its prediction is nearly done, as far as anybody knows."""
 
 
 @dataclass(slots=True)
@@ -39,14 +41,17 @@ class Running:
     """Told to give way; its slot is counted as free."""
     is_paused: bool = False
     """Generation that stands still on its node."""
-    density: float = 0.0
     paused_at: float = 0.0
     stood_s: float = 0.0
 
-    def left_s(self, now: float) -> float:
-        """Seconds of service left, as far as predicted; never nothing."""
+    def left_share(self, now: float) -> float:
+        """How much of its service is left, as far as predicted; never nothing."""
         until = self.paused_at if self.is_paused else now
-        return max(self.expected_s - (until - self.started_at - self.stood_s), 0.05 * self.expected_s)
+        done_s = until - self.started_at - self.stood_s
+        return min(1.0, max(1 - done_s / self.expected_s, _LEFT_LEAST))
+
+    def left_s(self, now: float) -> float:
+        return self.expected_s * self.left_share(now)
 
 
 @dataclass(slots=True)
@@ -183,7 +188,7 @@ class NodeTable:
         self._count(row)
 
     def end(self, row: int, task: TaskId, now: float) -> tuple[Running, float]:
-        """Take an attempt off; with the mean number of attempts that shared the node with it, itself included."""
+        """Take an attempt off; with the mean number of attempts in its steps, itself included."""
         slots = self._slots[row]
         self._integrate(slots, now)
         running = slots.running.pop(task)

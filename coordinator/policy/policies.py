@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,17 +37,19 @@ class Scene:
     arrived_at: Floats
     """(n,)"""
     cost_s: Floats
-    """(n, m) Node seconds the task takes from others: service time, or the marginal cost of joining a batch."""
+    """(n, m) Node seconds the task takes from others: service time, or marginal in a batch."""
     finish_s: Floats
-    """(n, m) From now to its end if started now; infinite where it may not run."""
+    """(n, m) From now to its end if started now; infinite where it cannot run."""
     mean_s: Floats
     """(m,) Mean cost of the waiting tasks on each node: the yardstick of slack."""
-    room_in_s: Floats
-    """(M,) Seconds until each node has room; 0 with room now."""
+    best_s: Floats
+    """(n,) Service time on the fastest node that has what the task needs, with room or without."""
     open_nodes: NDArray[np.intp]
     """(m,) Which of the M nodes have room."""
-    all_finish: Callable[[], Floats]
-    """() -> (n, M): ``finish_s`` on every node as if it had room now. Costs n * M, so asked for when needed."""
+    room_in_s: Callable[[], Floats]
+    """() -> (M,): seconds until each node is expected to have room; 0 with room now."""
+    all_finish_s: Callable[[], Floats]
+    """() -> (n, M): ``finish_s`` on every node as if it were idle. Costs n * M: asked for when needed."""
 
     @cached_property
     def laxity_s(self) -> Floats:
@@ -72,6 +74,8 @@ class Policy:
     """Running generation gives way between tokens to at least twice its density."""
     keeps: Callable[[Scene], Bools] | None = None
     """(n,) Which tasks may start at all now; the rest wait. For policies that select before they order."""
+    place: Literal["first_end", "score"] = "first_end"
+    """The node of a task among those with room: where it ends first, or where it scores highest."""
 
 
 # ── one function per policy ─────────────────────────────────────────────────────────────────────────
@@ -147,7 +151,6 @@ def policy_named(text: str) -> Policy:
         switches.setdefault(name[at + 1 :], name[at] == "+")
         name = name[:at]
     if name not in POLICIES:
-        raise ValueError(
-            f"no policy {text!r}; there are {', '.join(POLICIES)}, each with +drop, +chunk, +preempt or -drop …"
-        )
+        rules = " ".join(f"+{rule} -{rule}" for rule in _RULES)
+        raise ValueError(f"no policy {text!r}: there are {', '.join(POLICIES)}, each with {rules}")
     return replace(POLICIES[name], name=text, **switches)

@@ -1,0 +1,66 @@
+"""Decisions in words and numbers, for ``edgemesh task show`` and the event log."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from coordinator.policy.cost import CostModel
+from coordinator.policy.decisions import Candidate, Why
+from coordinator.policy.jobs import JobTable
+from coordinator.policy.nodes import NodeTable, Running
+from coordinator.policy.pricing import prices
+from mesh.ids import NodeId
+
+__all__ = ["candidates_of", "sentence"]
+
+CANDIDATES_MAX: Final = 8
+
+
+def candidates_of(
+    jobs: JobTable, nodes: NodeTable, cost: CostModel, row: int, taken: int, now: float
+) -> tuple[Candidate, ...]:
+    """The node taken and the next best, each with its estimate and why it was not taken."""
+    job = jobs.jobs[row]
+    finish_s = prices(jobs, nodes, np.array([row]), slice(None)).finish_s[0]
+    others = [int(node) for node in np.argsort(finish_s, kind="stable") if node != taken]
+    others.sort(key=lambda node: (finish_s[node], nodes.ids[node]))
+    found = []
+    for node in [taken, *others][:CANDIDATES_MAX]:
+        view = nodes.view(node)
+        rows = float(nodes.n_rows[node]) + 1
+        estimate = cost.estimate(job.work, view.id, view.rates, reuse=nodes.reuse_of(job, node), rows=rows)
+        why_not = None
+        if node != taken:
+            ahead_s = float(finish_s[node] - finish_s[taken])
+            why_not = _why_not(nodes, node, now, job.deadline_at, float(finish_s[node]), ahead_s)
+        found.append(
+            Candidate(node=view.id, service_s=estimate.service_s, why_not=why_not, parts=estimate.parts)
+        )
+    return tuple(found)
+
+
+def _why_not(
+    nodes: NodeTable, node: int, now: float, deadline_at: float, finish_s: float, ahead_s: float
+) -> str:
+    if finish_s == np.inf:
+        return "has not the model, the adapter or the data"
+    if not nodes.view(node).is_ready:
+        return "takes no work now"
+    if not nodes.has_room[node]:
+        room_in_s = float(nodes.free_at[node]) - now
+        return (
+            "has no room" if room_in_s <= 0 or room_in_s == np.inf else f"has no room for {room_in_s:.1f} s"
+        )
+    if now + finish_s > deadline_at:
+        return f"would end {now + finish_s - deadline_at:.1f} s too late"
+    return f"would end {ahead_s:.1f} s later" if ahead_s >= 0 else "refused it, or is kept for others"
+
+
+def sentence(why: Why, node: NodeId, after: Running | None) -> str:
+    """The decision to start a task, in one sentence."""
+    spare = "no deadline" if why.laxity_s is None else f"{why.laxity_s:.1f} s to spare"
+    order = f"first of {why.n_waiting + 1} by {why.policy}" if why.n_waiting else "nothing else waits"
+    words = f"on {node}: {why.service_s:.1f} s expected, {spare}, value density {why.density:.3g}/s, {order}"
+    return words if after is None else f"{words}; {after.job.task} gives way"

@@ -1,0 +1,128 @@
+"""One look at waiting tasks and nodes: prices, the policy's scores, and what must not start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.policy.density import Floats, age_factor
+from coordinator.policy.jobs import JobTable
+from coordinator.policy.nodes import NodeTable
+from coordinator.policy.policies import Policy, Scene
+from coordinator.policy.pricing import Prices, Rows, prices
+from coordinator.policy.work import KINDS
+
+__all__ = ["Look", "look", "ranks"]
+
+_TUNE = KINDS.index("tune")
+_EVERYTHING = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    scene: Scene
+    priced: Prices
+    scores: Floats
+    """(n, m) The policy's, ``-inf`` where the task must not start."""
+
+
+def look(
+    policy: Policy,
+    jobs: JobTable,
+    nodes: NodeTable,
+    now: float,
+    *,
+    rows: Rows = _EVERYTHING,
+    columns: NDArray[np.intp],
+    mean_s: Floats | None = None,
+    wait_s: float = 0.0,
+) -> Look:
+    """Score the tasks ``rows`` (n) on the nodes ``columns`` (m).
+
+    Args:
+        mean_s: (m,) The yardstick of slack; ``None``: of these tasks.
+        wait_s: A start now is one after so many seconds (a chunk has to end first).
+    """
+    priced = prices(jobs, nodes, rows, columns)
+    if wait_s:
+        priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
+    mean_s = priced.cost_s.mean(axis=0) if mean_s is None else mean_s
+    scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s)
+    scores = np.where(_allowed(policy, jobs, nodes, rows, scene, priced), policy.score(scene), -np.inf)
+    return Look(scene, priced, scores)
+
+
+def ranks(policy: Policy, jobs: JobTable, nodes: NodeTable, now: float) -> Floats:
+    """(n,) The policy's score of every task on its best node alone: the order in which many tasks are placed
+    on many nodes. ``-inf``: must not start."""
+    best_s = jobs.column("best_s")[:, None]
+    priced = Prices(best_s, best_s, np.ones(best_s.shape, np.bool_))
+    nowhere = np.zeros(0, np.intp)
+    scene = _scene(jobs, nodes, now, _EVERYTHING, nowhere, priced, best_s.mean(axis=0))
+    scores = policy.score(scene)[:, 0]
+    return scores if policy.keeps is None else np.where(policy.keeps(scene), scores, -np.inf)
+
+
+def _scene(
+    jobs: JobTable,
+    nodes: NodeTable,
+    now: float,
+    rows: Rows,
+    columns: NDArray[np.intp],
+    priced: Prices,
+    mean_s: Floats,
+) -> Scene:
+    deadline_at, patience_s = jobs.column("deadline_at")[rows], jobs.column("patience_s")[rows]
+    value = jobs.column("value")[rows]
+    if jobs.n_virtual:
+        value = value * age_factor(now, deadline_at, patience_s)
+    return Scene(
+        now=now,
+        value=value,
+        deadline_at=deadline_at,
+        is_virtual=patience_s < np.inf,
+        arrived_at=jobs.column("arrived_at")[rows],
+        cost_s=priced.cost_s,
+        finish_s=priced.finish_s,
+        mean_s=mean_s,
+        best_s=jobs.column("best_s")[rows],
+        open_nodes=columns,
+        room_in_s=lambda: np.maximum(nodes.free_at - now, 0.0),
+        all_finish_s=lambda: prices(jobs, nodes, rows, _EVERYTHING, alone=True).finish_s,
+    )
+
+
+def _allowed(
+    policy: Policy, jobs: JobTable, nodes: NodeTable, rows: Rows, scene: Scene, priced: Prices
+) -> NDArray[np.bool_]:
+    """(n, m) Where a start breaks no promise."""
+    allowed: NDArray[np.bool_] = scene.finish_s < np.inf
+    if policy.drop:
+        left_s = (scene.deadline_at - scene.now)[:, None]
+        is_in_time = (scene.finish_s <= left_s) | (~priced.is_known & (left_s > 0))
+        if jobs.n_virtual:
+            is_in_time |= scene.is_virtual[:, None]
+        allowed &= is_in_time
+    if policy.keeps is not None and isinstance(rows, slice):
+        allowed &= policy.keeps(scene)[:, None]
+    is_tune = jobs.numbers("kind")[rows] == _TUNE
+    if is_tune.any():
+        allowed &= ~is_tune[:, None] | nodes.has_tune_room[scene.open_nodes]
+    if jobs.avoiding:
+        _shun(jobs, nodes, rows, scene, allowed)
+    return allowed
+
+
+def _shun(jobs: JobTable, nodes: NodeTable, rows: Rows, scene: Scene, allowed: NDArray[np.bool_]) -> None:
+    """Strike out nodes that refused or failed a task a moment ago. Few tasks have any."""
+    chosen = range(len(jobs))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
+    at = {row: index for index, row in enumerate(chosen)}
+    for task in jobs.avoiding:
+        index = at.get(jobs.row(task))
+        if index is None:
+            continue
+        for node, until in jobs.jobs[jobs.row(task)].avoid.items():
+            if until > scene.now and node in nodes:
+                allowed[index, scene.open_nodes == nodes.row(node)] = False
