@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import TaskId
-from mesh.messages import Assign, Outcome, TaskProgress
+from mesh.messages import Assign, NodeRates, Outcome, TaskProgress
 
 __all__ = [
     "NODE_STOPS",
@@ -16,6 +16,7 @@ __all__ = [
     "DrainChanged",
     "EngineLost",
     "EngineReady",
+    "RatesMeasured",
     "StartAttempt",
     "StopAttempt",
 ]
@@ -33,6 +34,7 @@ class EngineReady:
     """Of the weights while they compute; empty where there are none."""
     precision_reason: str = ""
     adapters: tuple[str, ...] = ()
+    rates: NodeRates | None = None
 
 
 NODE_STOPS = "the node is stopping"
@@ -51,6 +53,13 @@ class AdaptersChanged:
     """Shell to worker core: from now on these adapters can be served, and no others."""
 
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RatesMeasured:
+    """Shell to shell: how fast this node works, better known than when its engine was ready."""
+
+    rates: NodeRates
 
 
 @dataclass(frozen=True, slots=True)

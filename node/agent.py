@@ -25,6 +25,7 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    RatesMeasured,
     StartAttempt,
     StopAttempt,
 )
@@ -324,10 +325,12 @@ class Agent:
                     model=fact.model, also_called=list(fact.also_called), slots=fact.slots,
                     context_tokens=fact.context_tokens, device=device or "cpu",
                     precision=fact.precision or None, precision_reason=fact.precision_reason or None,
-                    adapters=list(fact.adapters[:ADAPTERS_MAX]),
+                    adapters=list(fact.adapters[:ADAPTERS_MAX]), rates=fact.rates,
                 )  # fmt: skip
             case AdaptersChanged(names=names):
                 self._change_info(adapters=list(names[:ADAPTERS_MAX]))
+            case RatesMeasured(rates=rates):
+                self._change_info(rates=rates)
             case EngineLost():
                 self._change_info(slots=0)
             case DrainChanged(leave=leave):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from coordinator.facts import NODE_STOPS, AdaptersChanged, DrainChanged, EngineLost, EngineReady
+from coordinator.facts import (
+    NODE_STOPS,
+    AdaptersChanged,
+    DrainChanged,
+    EngineLost,
+    EngineReady,
+    RatesMeasured,
+)
 from mesh.core import Fact
 from mesh.facts import Deposed, Elected, Followed, LinkDown, LinkUp, MemberChanged, StopBroker
 from mesh.ids import NodeId
@@ -41,8 +48,23 @@ def log_fact(log: logging.Logger, fact: Fact, me: NodeId) -> None:
                 text += f", in {fact.precision}" + (
                     f" ({fact.precision_reason})" if fact.precision_reason else ""
                 )
+            if fact.rates is not None and fact.rates.emulated_slowdown > 1:
+                text += f"; plays a device {fact.rates.emulated_slowdown:g} times slower"
             say(log, "engine_ready", text, model=model, context_tokens=context_tokens, slots=slots,
                 precision=fact.precision, adapters=len(fact.adapters))  # fmt: skip
+        case RatesMeasured(rates=rates):
+            reads, writes = rates.prefill_tokens_per_s, rates.decode_tokens_per_s
+            text = f"this node reads {reads:.0f} and writes {writes:.0f} tokens/s"
+            if rates.origin == "busy":
+                text += ", beside other work on this machine: it measures again later"
+            say(
+                log,
+                "rates",
+                text,
+                origin=rates.origin,
+                prefill_tokens_per_s=reads,
+                decode_tokens_per_s=writes,
+            )
         case AdaptersChanged(names=names):
             say(log, "adapters", f"adapters here: {', '.join(names) or 'none'}", names=list(names))
         case EngineLost(reason=reason):

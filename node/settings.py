@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from mesh.errors import ConfigError
 from mesh.facts import BrokerRef
 from mesh.ids import MeshName, is_id
+from mesh.messages.node import SLOWDOWN_MAX
 from node.state import DEFAULT_MESH, default_config_file, default_state_dir
 
 __all__ = [
@@ -92,6 +93,8 @@ class Settings:
     """Bytes, as the next two."""
     feature_memory: int = 512_000_000
     feature_disk: int = 4_000_000_000
+    slowdown: float = 1.0
+    """1 = none."""
     headless: bool = False
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -166,6 +169,16 @@ def _threads(value: Any) -> int:
     if not 1 <= threads <= THREADS_MAX:
         raise ValueError(f"must be a number of threads from 1 to {THREADS_MAX}, got {value!r}")
     return threads
+
+
+def _slowdown(value: Any) -> float:
+    try:
+        slowdown = float(value) if not isinstance(value, bool) else 0.0
+    except (TypeError, ValueError):
+        slowdown = 0.0
+    if not 1 <= slowdown <= SLOWDOWN_MAX:
+        raise ValueError(f"must be a number from 1 (none) to {SLOWDOWN_MAX:g}, got {value!r}")
+    return slowdown
 
 
 def _size(value: Any) -> int:
@@ -315,6 +328,8 @@ TABLE: tuple[Setting, ...] = (
             help="Memory for feature maps, the cache of tuning [default: 512MB]."),
     Setting(name="feature_disk", parse=_size, metavar="SIZE",
             help="Disk space for feature maps [default: 4GB]."),
+    Setting(name="slowdown", parse=_slowdown, metavar="FACTOR",
+            help="Play a device this many times slower (tests, demos); shown as emulated [default: 1]."),
     Setting(name="headless", parse=_switch,
             help="Plain log lines even on a terminal."),
     Setting(name="log_format", parse=_one_of("text", "json"), metavar="text|json",
@@ -429,5 +444,7 @@ def _check_combinations(settings: Settings) -> None:
         raise ConfigError("--new makes a new join code, --code uses one: give only one of the two")
     if not settings.plain and settings.plain_port:
         raise ConfigError("--no-plain turns off the listener of --plain-port: give only one of the two")
+    if settings.slowdown > 1 and not settings.compute:
+        raise ConfigError("--slowdown slows what --no-compute leaves out: give only one of the two")
     if settings.port and settings.port == settings.plain_port:
         raise ConfigError(f"--port and --plain-port are both {settings.port}: they are two listeners")

@@ -3,6 +3,7 @@
     StartAttempt, StopAttempt ──▶ Run, Stop ─▷ child
     child ─▷ Loading, Ready ──▶ activity, EngineReady          Adapters ──▶ AdaptersChanged
              Text, Progress, Ended ──▶ AttemptText, AttemptProgress, AttemptFinished
+             Rates ──▶ RatesMeasured
 
     absent ──start──▶ loading ──Ready──▶ ready ──exit──▶ absent, and again after a pause
                          └──LoadFailed, exit──▶ absent (for good if trying again cannot help)
@@ -34,6 +35,7 @@ from coordinator.facts import (
     AttemptText,
     EngineLost,
     EngineReady,
+    RatesMeasured,
     StartAttempt,
     StopAttempt,
 )
@@ -50,6 +52,7 @@ from node.compute.messages import (
     LoadFailed,
     Loading,
     Progress,
+    Rates,
     Ready,
     Run,
     Stop,
@@ -269,10 +272,13 @@ class ComputeWorker:
                         precision=message.precision,
                         precision_reason=message.precision_reason,
                         adapters=message.adapters,
+                        rates=message.rates,
                     )
                 )
             case Adapters(names=names):
                 self._learn(AdaptersChanged(tuple(names)))
+            case Rates(rates=rates):
+                self._learn(RatesMeasured(rates))
             case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
                 self._spoken.append((time.monotonic(), n_tokens))
                 self._learn(AttemptText(task, attempt, text, n_tokens))
@@ -341,6 +347,7 @@ def load_of(model: str, settings: Settings, state: StateDir) -> Load:
         adapter_bytes=settings.adapter_memory,
         feature_memory_bytes=settings.feature_memory,
         feature_disk_bytes=settings.feature_disk,
+        slowdown=settings.slowdown,
     )
 
 

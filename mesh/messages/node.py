@@ -81,7 +81,7 @@ class NodeRates:
     """What each further answer adds to a step, as a share of a step alone: n answers at once take
     1 + (n - 1) * ``row_cost`` times as long a step as one."""
     features_tokens_per_s: float | None = None
-    """Tokens through the layers below the top ``RATED_TOP_LAYERS``, forward; ``None``: nothing is tuned here."""
+    """Tokens through the layers below the top ``RATED_TOP_LAYERS``, forward; ``None``: it tunes nothing."""
     tune_tokens_per_s: float | None = None
     """Tokens through the top ``RATED_TOP_LAYERS``, forward and backward, head left out; ``None`` as above."""
     adapter_load_s: float = 0.0

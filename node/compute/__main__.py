@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from mesh.errors import ConfigError, DecodeError, UnreachableError
+from mesh.messages import NodeRates
 from mesh.units import bytes_text
 from node.compute.backbone.precision import (
     AROUND_BYTES,
@@ -40,14 +41,18 @@ from node.compute.messages import (
     Load,
     LoadFailed,
     Loading,
+    Rates,
     Ready,
     Run,
     Stop,
     frame,
     read_frame,
 )
-from node.compute.models import CATALOGUE, Progress, Source, prepare, resolve
+from node.compute.models import CATALOGUE, Progress, Source, echo_rate, prepare, resolve
 from node.compute.outbox import Outbox
+from node.compute.pace import Pace
+from node.compute.rate_watch import Measure, RateWatch
+from node.compute.rates import RatedAs, echo_rates, guessed_rates, read_rates, slowed
 from node.profile import memory_free_bytes, physical_cores
 
 __all__ = ["main"]
@@ -82,8 +87,9 @@ def main() -> int:
     load = inbox.get()
     if not isinstance(load, Load):
         raise DecodeError(f"the first message must be Load, got {type(load).__name__}")
+    pace = Pace(load.slowdown)
     try:
-        loaded = _load(load, say)
+        loaded = _load(load, say, pace)
     except ConfigError as error:
         say(LoadFailed(reason=str(error), is_permanent=True))
         return 1
@@ -92,6 +98,13 @@ def main() -> int:
         return 1
     engine = loaded.engine
     adapters = _AdapterWatch(loaded.adapters, say)
+    rates = RateWatch(
+        loaded.rates,
+        lambda better: say(Rates(rates=slowed(better, load.slowdown))),
+        home=loaded.home,
+        rated_as=loaded.rated_as,
+        measure=loaded.measure,
+    )
     say(
         Ready(
             model=engine.model,
@@ -103,9 +116,10 @@ def main() -> int:
             precision_reason=loaded.precision_reason,
             adapters=adapters.names,
             also_called=tuple(name for name in engine.names[1:] if name != engine.model),
+            rates=slowed(loaded.rates, load.slowdown),
         )
     )
-    _serve(engine, adapters, inbox, say)
+    _serve(engine, adapters, rates, pace, inbox, say)
     return 0
 
 
@@ -114,10 +128,16 @@ class _Loaded:
     engine: Engine
     digest: str
     """Of the weights; of nothing for ``echo``."""
+    rates: NodeRates
+    """As far as known without measuring now, without any slowdown."""
     precision: str = ""
     precision_reason: str = ""
     adapters: Callable[[], tuple[str, ...]] = tuple
     """Looks at the adapters' directory and names those that can be served."""
+    home: Path | None = None
+    rated_as: RatedAs | None = None
+    measure: Measure | None = None
+    """``None``: there is nothing to measure, or it was measured at an earlier start."""
 
 
 class _AdapterWatch:
@@ -140,19 +160,33 @@ class _AdapterWatch:
             self._say(Adapters(names=list(names)))
 
 
-def _serve(engine: Engine, adapters: _AdapterWatch, inbox: SimpleQueue[Any], say: Say) -> None:
+def _serve(
+    engine: Engine, adapters: _AdapterWatch, rates: RateWatch, pace: Pace, inbox: SimpleQueue[Any], say: Say
+) -> None:
     outbox = Outbox(say)
+    held: list[Event] = []  # of a step that is not over yet on the device we play
     while True:
-        dues = [due for due in (engine.due_s, outbox.due_s, adapters.due_s) if due is not None]
+        is_idle = engine.due_s is None and not held
+        work_s = pace.rest_s or (0.0 if held else engine.due_s)
+        at = (work_s, outbox.due_s, adapters.due_s, rates.due_s if is_idle else None)
         events: list[Event] = []
-        for message in _waiting(inbox, min(dues)):
+        for message in _waiting(inbox, min(due for due in at if due is not None)):
             match message:
                 case Run():
                     events += engine.start(message)
-                case Stop():
-                    events += engine.stop(message)
-        if engine.due_s == 0:
-            events += engine.step()
+                case Stop():  # what the attempt had said before comes before its end
+                    events, held = [*events, *held, *engine.stop(message)], []
+        if not pace.rest_s:
+            events, held = [*events, *held], []
+            if engine.due_s == 0:
+                with pace.working():
+                    held = engine.step()
+                if not pace.rest_s:
+                    events, held = [*events, *held], []
+        if engine.due_s is not None or held:
+            rates.interrupt()
+        elif rates.due_s == 0:
+            rates.step()
         for event in events:
             if isinstance(event, Ended) and event.output is not None and event.output.adapter is not None:
                 adapters.look()  # before anybody hears that it is there and asks for it
@@ -181,7 +215,7 @@ def _listen(inbox: SimpleQueue[Any]) -> None:
     os._exit(0)
 
 
-def _load(load: Load, say: Say) -> _Loaded:
+def _load(load: Load, say: Say, pace: Pace) -> _Loaded:
     """The engine, and what the node says of it.
 
     Raises:
@@ -189,7 +223,8 @@ def _load(load: Load, say: Say) -> _Loaded:
     """
     source = resolve(load.model)
     if source.kind == "echo":
-        return _Loaded(engine=EchoEngine(load.model), digest="")
+        echo = EchoEngine(load.model, pace.clock, load.slowdown)
+        return _Loaded(engine=echo, digest="", rates=echo_rates(echo_rate(load.model)))
 
     def progress(text: str, fraction: float | None) -> None:
         say(Loading(text=text, fraction=fraction))
@@ -202,7 +237,7 @@ def _load(load: Load, say: Say) -> _Loaded:
     import torch
     from transformers import AutoConfig
 
-    from node.compute.assembly import model_engine
+    from node.compute.assembly import measurement, model_engine
     from node.compute.backbone.llama import LlamaBackbone
     from node.compute.backbone.load import best_device, load_backbone
     from node.compute.backbone.speed import measured_speeds
@@ -220,13 +255,22 @@ def _load(load: Load, say: Say) -> _Loaded:
     backbone = load_backbone(directory, device, precision)
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
-    engine = model_engine(load, names, directory, manifest.weights_sha256, backbone, threads)
+    digest = manifest.weights_sha256
+    engine = model_engine(load, names, directory, digest, backbone, threads, pace.clock)
+    rated_as = RatedAs(digest=digest, precision=backbone.precision, device=device, threads=threads)
+    kept = read_rates(home, rated_as)
+    can_tune = LlamaBackbone.can_run(config)
+    speed = read_speeds(home).get(precision)
     return _Loaded(
         engine=engine,
-        digest=manifest.weights_sha256,
+        digest=digest,
         precision=backbone.precision,
         precision_reason=reason,
         adapters=engine.adapters,
+        rates=kept or guessed_rates(backbone.weight_bytes, backbone.n_layers, can_tune, speed),
+        home=home,
+        rated_as=rated_as,
+        measure=None if kept else measurement(directory, digest, backbone, threads),
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from mesh.errors import ConfigError
-from mesh.messages import TuneSpec
+from mesh.messages import NodeRates, TuneSpec
 from node.compute.adapters.facts import BackboneFacts
 from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Backbone
@@ -16,40 +17,70 @@ from node.compute.features.shape import prove
 from node.compute.features.store import LocalStore
 from node.compute.messages import Load
 from node.compute.model_engine import ModelEngine
+from node.compute.rate_watch import Measure
+from node.compute.self_benchmark import SelfBenchmark
 from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
 from node.compute.tune.source import FeatureSource
 
-__all__ = ["model_engine", "tokenizer_digest"]
+__all__ = ["measurement", "model_engine", "tokenizer_digest"]
 
 log = logging.getLogger(__name__)
 
 
 def model_engine(
-    load: Load, names: Sequence[str], directory: Path, digest: str, backbone: Backbone, threads: int
+    load: Load,
+    names: Sequence[str],
+    directory: Path,
+    digest: str,
+    backbone: Backbone,
+    threads: int,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ModelEngine:
     """``directory`` holds the model, ``digest`` is its weights' SHA-256. A model outside the Llama family is
-    served without adapters and cannot be tuned."""
+    served without adapters and cannot be tuned. ``clock`` is what every duration is told by."""
     tokens = Tokens(directory)
     try:
         facts = BackboneFacts.of(directory, digest)
     except ConfigError as error:
         log.info("no adapters: %s", error)
-        return ModelEngine(names, backbone, tokens, threads, why_plain=str(error))
+        return ModelEngine(names, backbone, tokens, threads, clock, why_plain=str(error))
     shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=backbone.device)
-    jobs = _Jobs(load, directory, digest, backbone, threads)
-    return ModelEngine(names, backbone, tokens, threads, shelf=shelf, make_job=jobs.job)
+    jobs = _Jobs(load, directory, digest, backbone, threads, clock)
+    return ModelEngine(names, backbone, tokens, threads, clock, shelf=shelf, make_job=jobs.job)
+
+
+def measurement(directory: Path, digest: str, backbone: Backbone, threads: int) -> Measure:
+    """What starts a measurement of the rates of ``backbone``, as ``model_engine`` would use it."""
+    try:
+        facts = BackboneFacts.of(directory, digest)
+    except ConfigError:
+        facts = None  # served without adapters
+
+    def measure(is_busy: bool) -> Generator[None, None, NodeRates]:
+        return SelfBenchmark(backbone, 1 if is_busy else threads, facts).run()
+
+    return measure
 
 
 class _Jobs:
     """Tuning tasks on one backbone and one store of feature maps; both are made ready by the first."""
 
-    def __init__(self, load: Load, directory: Path, digest: str, backbone: Backbone, threads: int) -> None:
+    def __init__(
+        self,
+        load: Load,
+        directory: Path,
+        digest: str,
+        backbone: Backbone,
+        threads: int,
+        clock: Callable[[], float],
+    ) -> None:
         self._load = load
         self._directory = directory
         self._digest = digest
         self._backbone = backbone
         self._threads = threads
+        self._clock = clock
         self._source: FeatureSource | None = None
 
     def job(self, spec: TuneSpec, deadline_s: float | None) -> TuneJob:
@@ -80,6 +111,7 @@ class _Jobs:
             datasets_dir=Path(load.datasets_dir),
             threads=self._threads,
             deadline_s=deadline_s,
+            clock=self._clock,
         )
 
 

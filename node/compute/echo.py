@@ -48,11 +48,14 @@ class EchoEngine:
     context_tokens = CONTEXT_WORDS
     slots = SLOTS
 
-    def __init__(self, name: str = "echo", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str = "echo", clock: Callable[[], float] = time.monotonic, slowdown: float = 1.0
+    ) -> None:
+        """``slowdown``: gives words that many times slower."""
         rate = echo_rate(name)
         self.model = "echo"
         self.names = ("echo", name)
-        self._interval_s = 1 / rate if rate else 0.0
+        self._interval_s = slowdown / rate if rate else 0.0
         self._clock = clock
         self._running: dict[tuple[str, int], _Attempt] = {}
 

@@ -4,6 +4,7 @@
     node ──Run──▶ child ──Text*──▶ or ──Progress*──▶ then ──Ended──▶ node
     node ──Stop──▶ child                             its ``Ended`` follows, between two steps
     child ──Adapters──▶ node                         whenever the adapters it can serve have changed
+    child ──Rates──▶ node                            once it has measured itself, if Ready brought a guess
 
 A frame is its length (4 bytes, big-endian) and one message in msgpack. End of the stream is goodbye.
 """
@@ -15,7 +16,7 @@ from typing import BinaryIO, Literal
 
 from mesh.errors import DecodeError
 from mesh.ids import TaskId
-from mesh.messages import Output, Submit, TaskProgress
+from mesh.messages import NodeRates, Output, Submit, TaskProgress
 from mesh.wire import FRAME_BYTES_MAX, Codec
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Loading",
     "Precision",
     "Progress",
+    "Rates",
     "Ready",
     "Run",
     "Stop",
@@ -61,6 +63,8 @@ class Load:
     """Most memory for adapters; those not in use leave first."""
     feature_memory_bytes: int = 512_000_000
     feature_disk_bytes: int = 4_000_000_000
+    slowdown: float = 1.0
+    """Play a device so many times slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,8 @@ class Ready:
     """Why, for people."""
     adapters: tuple[str, ...] = ()
     also_called: tuple[str, ...] = ()
+    rates: NodeRates | None = None
+    """How fast it works, measured at an earlier start or guessed; slowed as asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +124,13 @@ class Adapters:
     """Names of the adapters this process can serve now."""
 
     names: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How fast it works, better known than before."""
+
+    rates: NodeRates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +165,7 @@ class Ended:
     output: Output | None = None
 
 
-CODEC = Codec([Load, Run, Stop, Loading, Ready, LoadFailed, Adapters, Text, Progress, Ended])
+CODEC = Codec([Load, Run, Stop, Loading, Ready, LoadFailed, Adapters, Rates, Text, Progress, Ended])
 
 
 def frame(message: object) -> bytes:

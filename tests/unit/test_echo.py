@@ -152,3 +152,11 @@ def test_what_needs_weights_is_refused_in_words(submit: dict[str, Any], what: st
     assert isinstance(ended, Ended) and ended.state == "rejected"
     assert ended.reason == f"echo has no weights to {what}; ask a node with a real model"
     assert engine.due_s is None
+
+
+def test_a_slowed_echo_gives_words_that_many_times_slower() -> None:
+    clock = Clock()
+    engine = EchoEngine("echo:20", clock, slowdown=4)
+    engine.start(generate(prompt="a b c d e f g h i j"))
+    _, (end,) = run(engine, clock)
+    assert end.service_s == pytest.approx(10 * 4 / 20)

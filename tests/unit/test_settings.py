@@ -61,7 +61,7 @@ def test_every_setting_can_be_set_by_each_source() -> None:
         "mesh": "lab", "code": "em1-x", "new": True, "name": "pi", "seeds": ["a:1", "b"], "broker": "mqtt://b",
         "broker_kind": "amqtt", "interfaces": ["eth0"], "port": 1, "plain": True, "plain_port": 2,
         "compute": False, "model": "echo", "precision": "int8", "threads": 3, "adapter_memory": "1MB",
-        "feature_memory": "512MiB", "feature_disk": 4_000_000, "headless": True,
+        "feature_memory": "512MiB", "feature_disk": 4_000_000, "slowdown": 2.5, "headless": True,
         "log_format": "json", "log_level": "debug", "state_dir": "/s",
     }  # fmt: skip
     assert set(values) == {row.name for row in TABLE}
@@ -114,6 +114,11 @@ def test_a_misspelt_name_is_refused_and_the_nearest_is_shown() -> None:
         ("precision", "fp8", "auto, fp32, bf16, fp16, int8, int4"),
         ("threads", 0, "threads from 1"),
         ("threads", "two", "threads from 1"),
+        ("slowdown", 0.5, "from 1"),
+        ("slowdown", "very", "from 1"),
+        ("slowdown", True, "from 1"),
+        ("slowdown", "nan", "from 1"),
+        ("slowdown", 1e9, "from 1"),
         ("feature_disk", "much", "512MB or 2GiB"),
         ("feature_disk", -1, "512MB or 2GiB"),
         ("feature_disk", True, "512MB or 2GiB"),
@@ -135,6 +140,11 @@ def test_a_wrong_value_is_refused_in_words_that_name_the_right_form(name: str, v
     with pytest.raises(ConfigError, match=says) as caught:
         load({name: value})
     assert str(caught.value).startswith("--")  # the reader knows which flag
+
+
+def test_a_node_without_compute_cannot_play_a_slower_one() -> None:
+    with pytest.raises(ConfigError, match="--slowdown"):
+        load({"compute": False, "slowdown": 4})
 
 
 def test_a_wrong_broker_url_is_not_repeated_because_it_may_hold_a_password() -> None:
