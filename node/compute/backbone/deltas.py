@@ -20,18 +20,26 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Adapter", "AdapterRows", "ClassHead", "Delta", "Dense", "Norm", "Slot", "Up"]
+__all__ = ["NOTHING", "Adapter", "AdapterRows", "ClassHead", "Delta", "Dense", "Norm", "Slot", "Up"]
 
 Slot = Literal["qkv", "out", "gate_up", "down", "head"]
 """The stacked matrices of a block, as ``node.compute.backbone.llama`` has them, and the output head."""
 
 Norm = Literal["attention", "mlp", "final"]
+
+_BLOCK_SLOTS: tuple[Slot, ...] = ("qkv", "out", "gate_up", "down")
+_BLOCK_NORMS: tuple[Norm, ...] = ("attention", "mlp")
+
+ForScript = tuple[list[Any], list[Any], list[Any], list[Any], list[Any], list[Any]]
+"""What ``node.compute.backbone.step`` does to a block's four products, matrix by matrix."""
+
+NOTHING: ForScript = ([], [], [], [], [], [])
 
 # A segment of more rows than this is worth products of its own; so is an adapter with more rows than that
 # in all (padding every other adapter to its number of rows would cost more than it saves).
@@ -139,7 +147,7 @@ class Adapter:
 class AdapterRows:
     """Which rows of one pass belong to which adapter, and what that does to them."""
 
-    __slots__ = ("_alone", "_n_rows", "_shared")
+    __slots__ = ("_alone", "_for_script", "_n_rows", "_shared")
 
     def __init__(self, parts: Sequence[tuple[Adapter | None, int]]) -> None:
         own: list[tuple[Adapter, slice | Tensor]] = []
@@ -159,6 +167,7 @@ class AdapterRows:
         self._n_rows = start
         self._alone = own
         self._shared = _Shared(short, start) if short else None
+        self._for_script: dict[int, ForScript | None] = {}
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Adapter | None, int]]) -> AdapterRows | None:
@@ -197,6 +206,34 @@ class AdapterRows:
         for stack in stacks:
             stack.apply(x, y)
         return y.to(dtype)
+
+    def for_script(self, layer: int, dtype: torch.dtype) -> ForScript | None:
+        """What changes in a block whose rows are ``dtype``; ``None`` if it is more than A and B of short
+        segments, which is all the script does."""
+        if layer not in self._for_script:
+            self._for_script[layer] = self._found_for_script(layer, dtype)
+        return self._for_script[layer]
+
+    def _found_for_script(self, layer: int, dtype: torch.dtype) -> ForScript | None:
+        for adapter, _ in self._alone:
+            if any((layer, slot) in adapter.deltas for slot in _BLOCK_SLOTS):
+                return None
+            if any((layer, which) in adapter.norms for which in _BLOCK_NORMS):
+                return None
+        if self._shared is None:
+            return NOTHING
+        if any(self._shared.norm(layer, which) is not None for which in _BLOCK_NORMS):
+            return None
+        stacks = [self._shared.stacks(layer, slot) for slot in _BLOCK_SLOTS]
+        if not any(stacks):
+            return NOTHING
+        if dtype != torch.float32 or not all(stack.is_low_rank for several in stacks for stack in several):
+            return None
+        given = [[stack.for_script() for stack in several] for several in stacks]
+        takes, downs, ups, spots, rows, seats = (
+            [[each[at] for each in several] for several in given] for at in range(len(NOTHING))
+        )
+        return takes, downs, ups, spots, rows, seats
 
     def norm(self, layer: int, which: Norm, weight: Tensor, x: Tensor, eps: float) -> Tensor:
         """The root-mean-square norm with every row's own weight. Shapes: (rows, d) -> (rows, d)."""
@@ -309,6 +346,27 @@ class _Stack:
     def __init__(self, laid: _Laid, seats: _Seats) -> None:
         self._laid, self._seats = laid, seats
         self.in_scale, self.rows, self.whose = laid.in_scale, seats.rows, seats.whose
+
+    @property
+    def is_low_rank(self) -> bool:
+        """A and B are all there is."""
+        laid = self._laid
+        others = (laid.out_scale, laid.in_scale, laid.bias)
+        return laid.a is not None and not any(laid.dense) and all(other is None for other in others)
+
+    def for_script(self) -> tuple[Tensor, Tensor, list[Tensor], list[int], Tensor, Tensor]:
+        """``apply`` of a low-rank stack, as the script takes it; an empty tensor stands for "as it is"."""
+        laid, seats = self._laid, self._seats
+        assert laid.a is not None
+        none = seats.take.new_empty(0)
+        return (
+            none if seats.is_all else seats.take,
+            laid.a,
+            [b for _, _, b in laid.ups],
+            [place for start, column, _ in laid.ups for place in (start, column)],
+            seats.rows,
+            none if seats.seats is None else seats.seats,
+        )
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         """Change ``y``, the frozen matrix times ``x``, in place."""

@@ -101,23 +101,24 @@ class Int4Linear:
     On CPUs the kernel takes activations in bfloat16, which costs no measurable perplexity.
     """
 
-    __slots__ = ("_codes", "_d_out", "_is_packed", "_scales_zeros", "bias", "nbytes")
+    __slots__ = ("_codes", "_d_out", "_scales_zeros", "bias", "nbytes", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         codes, scales_zeros = quantized_4(weight)
         self.bias = bias
         self._d_out = len(weight)
-        self._is_packed = weight.device.type == "cpu" and self._d_out % _ROWS_BLOCK == 0 and _has_int4()
         self._scales_zeros = scales_zeros
-        if self._is_packed:
+        self.packed: tuple[Tensor, Tensor] | None = None
+        if weight.device.type == "cpu" and self._d_out % _ROWS_BLOCK == 0 and _has_int4():
             self._codes = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.packed = (self._codes, scales_zeros)
         else:
             codes = codes.to(torch.uint8)
             self._codes = codes[:, ::2] << 4 | codes[:, 1::2]
         self.nbytes = self._codes.nbytes + scales_zeros.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._is_packed:
+        if self.packed is not None:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x.to(torch.bfloat16), self._codes, GROUP, self._scales_zeros
             ).to(x.dtype)

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from node.compute.backbone.attention import Place, attend
 from node.compute.backbone.contract import KeyValues, Pass, Segment
-from node.compute.backbone.deltas import Adapter, AdapterRows, Norm, Slot
+from node.compute.backbone.deltas import NOTHING, Adapter, AdapterRows, Norm, Slot
 from node.compute.backbone.embedding import Embedding
 from node.compute.backbone.linear import Linear, compute_dtype, make_linear, numerics
 from node.compute.backbone.step import Slabs, Step, block_script
@@ -88,7 +88,7 @@ class LlamaBackbone:
         self.embedding = Embedding(directory, "model.embed_tokens.weight", device, dtype)
         self._slabs = Slabs(self.n_layers, self._kv_heads, self._head_dim, dtype) if device == "cpu" else None
         self._scripts = [
-            block_script((layer.qkv, layer.out, layer.gate_up, layer.down)) for layer in self._layers
+            block_script((layer.qkv, layer.out, layer.gate_up, layer.down), dtype) for layer in self._layers
         ]
         self._cos, self._sin = self._rotary(_ROTARY_TOKENS)
         self.weight_bytes = self._head.nbytes + sum(
@@ -191,13 +191,12 @@ class LlamaBackbone:
         layer, deltas, x = self._layers[index], rows.deltas, rows.x
         eps = self._eps
         script = self._scripts[index]
-        if rows.step is not None and deltas is None and script is not None:
+        adapted = NOTHING if deltas is None else deltas.for_script(index, x.dtype)
+        if rows.step is not None and adapted is not None and script is not None:
             block, weights, biases = script
             norms = [layer.attention_norm, layer.mlp_norm]
-            heads = (self._heads, self._kv_heads)
-            rows.x = block(
-                x, norms, eps, weights, biases, rows.cos, rows.sin, index, *heads, *rows.step.arguments
-            )
+            place = (rows.cos, rows.sin, index, self._heads, self._kv_heads)
+            rows.x = block(x, norms, eps, weights, biases, *place, *adapted, *rows.step.arguments)
             return
 
         def linear(slot: Slot, base: Linear, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node.compute.backbone.formats import IN_DIGITS, Int8Linear
+from node.compute.backbone.formats import IN_DIGITS, Int4Linear, Int8Linear
 from node.compute.backbone.linear import FloatLinear, Linear
 
 __all__ = ["Seat", "Slab", "Slabs", "Step", "block_script"]
@@ -80,19 +80,70 @@ def attention(
     return result
 """
 
+# float32 only: the steps of ``torch.rms_norm`` without its conversions, and bit for bit its result.
+_NORM = """
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.mul(x.square().mean([-1], True).add_(eps).rsqrt_()).mul_(weight)
+"""
+
+_PLAIN_NORM = """
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.rms_norm(x, [x.size(1)], weight, eps)
+"""
+
+# ``node.compute.backbone.deltas.Laid.apply`` for what most adapters are: A and B, and nothing else.
+_ADAPTED = """
+def adapted(
+    x: Tensor, y: Tensor, takes: List[Tensor], downs: List[Tensor], ups: List[List[Tensor]],
+    spots: List[List[int]], rows: List[Tensor], seats: List[Tensor]
+) -> Tensor:
+    for i in range(len(downs)):
+        taken = x
+        if takes[i].numel():
+            taken = x.index_select(0, takes[i])
+        down = torch.bmm(taken.view(downs[i].size(0), -1, x.size(1)), downs[i])
+        for j in range(len(ups[i])):
+            b = ups[i][j]
+            up = torch.bmm(down.narrow(2, spots[i][2 * j + 1], b.size(1)), b).view(-1, b.size(2))
+            into = y.narrow(1, spots[i][2 * j], b.size(2))
+            if takes[i].numel():
+                if seats[i].numel():
+                    up = up.index_select(0, seats[i])
+                into.index_add_(0, rows[i], up)
+            else:
+                into.add_(up)
+    return y
+"""
+
 _BLOCK = """
 def block(
     x: Tensor, norms: List[Tensor], eps: float, weights: List[Packed], biases: List[Optional[Tensor]],
-    cos: Tensor, sin: Tensor, layer: int, heads: int, kv_heads: int, caches: List[Tensor], rows: List[Tensor],
+    cos: Tensor, sin: Tensor, layer: int, heads: int, kv_heads: int,
+    takes: List[List[Tensor]], downs: List[List[Tensor]], ups: List[List[List[Tensor]]],
+    spots: List[List[List[int]]], adapted_rows: List[List[Tensor]], adapted_seats: List[List[Tensor]],
+    caches: List[Tensor], rows: List[Tensor],
     ats: List[Tensor], seats: List[Tensor], masks: List[Optional[Tensor]], bounds: List[List[int]]
 ) -> Tensor:
-    d = [x.size(1)]
-    qkv = linear(torch.rms_norm(x, d, norms[0], eps), weights[0], biases[0])
+    has = len(downs) > 0
+    normed = norm(x, norms[0], eps)
+    qkv = linear(normed, weights[0], biases[0])
+    if has:
+        qkv = adapted(normed, qkv, takes[0], downs[0], ups[0], spots[0], adapted_rows[0], adapted_seats[0])
     attended = attention(qkv, cos, sin, layer, heads, kv_heads, caches, rows, ats, seats, masks, bounds)
-    x = linear(attended, weights[1], biases[1]).add_(x)
-    both = linear(torch.rms_norm(x, d, norms[1], eps), weights[2], biases[2])
+    out = linear(attended, weights[1], biases[1])
+    if has:
+        out = adapted(attended, out, takes[1], downs[1], ups[1], spots[1], adapted_rows[1], adapted_seats[1])
+    x = out.add_(x)
+    normed = norm(x, norms[1], eps)
+    both = linear(normed, weights[2], biases[2])
+    if has:
+        both = adapted(normed, both, takes[2], downs[2], ups[2], spots[2], adapted_rows[2], adapted_seats[2])
     gate, up = both.chunk(2, 1)
-    return linear(torch.ops.aten.silu(gate).mul_(up), weights[3], biases[3]).add_(x)
+    inner = torch.ops.aten.silu(gate).mul_(up)
+    down = linear(inner, weights[3], biases[3])
+    if has:
+        down = adapted(inner, down, takes[3], downs[3], ups[3], spots[3], adapted_rows[3], adapted_seats[3])
+    return down.add_(x)
 """
 
 _LINEARS = {
@@ -102,6 +153,17 @@ _LINEARS = {
         + """
 def linear(x: Tensor, packed: Packed, bias: Optional[Tensor]) -> Tensor:
     y = in_digits(x, packed)
+    if bias is not None:
+        y.add_(bias)
+    return y
+""",
+    ),
+    Int4Linear: (
+        "Tuple[Tensor, Tensor]",
+        """
+def linear(x: Tensor, packed: Packed, bias: Optional[Tensor]) -> Tensor:
+    codes, scales_zeros = packed
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), codes, 32, scales_zeros).to(x.dtype)
     if bias is not None:
         y.add_(bias)
     return y
@@ -123,17 +185,18 @@ def attention_script() -> Any:
 
 
 @cache
-def _script(kind: type[Linear]) -> Any:
+def _script(kind: type[Linear], dtype: torch.dtype) -> Any:
     packed, linear = _LINEARS[kind]
-    source = (
-        (linear + _ATTENTION + _BLOCK).replace("Packed,", packed + ",").replace("[Packed]", f"[{packed}]")
-    )
-    return torch.jit.CompilationUnit(source).block
+    norm = _NORM if dtype == torch.float32 else _PLAIN_NORM
+    source = (linear + norm + _ATTENTION + _ADAPTED + _BLOCK).replace("Packed,", packed + ",")
+    return torch.jit.CompilationUnit(source.replace("[Packed]", f"[{packed}]")).block
 
 
-def block_script(linears: Sequence[Linear]) -> tuple[Any, list[Any], list[Tensor | None]] | None:
+def block_script(
+    linears: Sequence[Linear], dtype: torch.dtype
+) -> tuple[Any, list[Any], list[Tensor | None]] | None:
     """The script of a block of these linears (qkv, out, gate_up, down), their packed weights and biases;
-    ``None`` if they are not all of one kind that has a script."""
+    ``None`` if they are not all of one kind that has a script. ``dtype``: of the rows."""
     kind = type(linears[0])
     packed = [getattr(linear, "packed", None) for linear in linears]
     if (
@@ -142,7 +205,7 @@ def block_script(linears: Sequence[Linear]) -> tuple[Any, list[Any], list[Tensor
         or any(p is None for p in packed)
     ):
         return None
-    return _script(kind), packed, [linear.bias for linear in linears]  # type: ignore[attr-defined]
+    return _script(kind, dtype), packed, [linear.bias for linear in linears]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
