@@ -30,6 +30,7 @@ _WEIGHT_LEAST: Final = 0.2
 _RATIO_MAX: Final = 1000.0
 _TRUST_AFTER: Final = 3
 """Outcomes of a kind on a node after which a guessed rate counts as known."""
+_PREFILL, _DECODE = PARTS.index("prefill"), PARTS.index("decode")
 _ERRORS_KEPT: Final = 256
 _NODES_MAX: Final = 4096
 """As in ``coordinator.cluster``."""
@@ -111,7 +112,7 @@ class CostModel:
         correction = self.correction(work.kind, node)
         amounts = amounts_of(work, reuse=reuse)
         seconds = [amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True)]
-        seconds[PARTS.index("decode")] *= step_share(rows, rates.row_cost)
+        seconds[_DECODE] *= step_share(rows, rates.row_cost)
         parts = {name: part_s * correction for name, part_s in zip(PARTS, seconds, strict=True)}
         return Estimate(
             service_s=max(sum(parts.values()), _LEAST_S),
@@ -163,10 +164,7 @@ class CostModel:
         if predicted_s is None:
             predicted_s = self.estimate(work, node, rates, reuse=reuse, rows=observed.rows).service_s
         self._errors[work.kind].append(abs(actual_s / max(predicted_s, _LEAST_S) - 1))
-        correction = self.correction(work.kind, node)
-        real = _as_it_was(work, observed)
-        before = self.estimate(real, node, rates, reuse=reuse, rows=observed.rows).service_s / correction
-        ratio = actual_s / max(before, _LEAST_S)
+        ratio = actual_s / max(_rated_s(work, rates, observed, reuse), _LEAST_S)
         key = (work.kind, node)
         if key not in self._by_node:
             while len(self._by_node) >= _NODES_MAX * len(KINDS):
@@ -210,14 +208,12 @@ def step_share(rows: float, row_cost: float) -> float:
     return 1 + max(0.0, rows - 1) * row_cost
 
 
-def _as_it_was(work: Work, observed: Observed) -> Work:
-    is_told = work.kind == "generate" and observed.n_tokens is not None
-    return Work(
-        kind=work.kind,
-        n_prompt_tokens=observed.n_prompt_tokens or work.n_prompt_tokens,
-        n_tokens=observed.n_tokens if is_told and observed.n_tokens is not None else work.n_tokens,
-        n_feature_tokens=work.n_feature_tokens,
-        n_tune_tokens=work.n_tune_tokens,
-        n_adapter_loads=work.n_adapter_loads,
-        reuses=work.reuses,
-    )
+def _rated_s(work: Work, rates: Rates, observed: Observed, reuse: float) -> float:
+    """What the rates alone say of an attempt as it turned out to be."""
+    amounts = list(amounts_of(work, reuse=reuse))
+    if observed.n_prompt_tokens:
+        amounts[_PREFILL] = observed.n_prompt_tokens
+    if work.kind == "generate" and observed.n_tokens is not None:
+        amounts[_DECODE] = observed.n_tokens
+    amounts[_DECODE] *= step_share(observed.rows, rates.row_cost)
+    return sum(amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True))

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import exp, nextafter
+from math import nextafter
 from typing import Final
 
 import numpy as np
@@ -34,7 +34,8 @@ from coordinator.policy.explaining import candidates_of, sentence
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.looking import Look, look, ranks
 from coordinator.policy.nodes import NodeTable, Running
-from coordinator.policy.policies import SLACK_K, Policy
+from coordinator.policy.policies import Policy
+from coordinator.policy.preempting import Pairs
 from coordinator.policy.pricing import fastest_s
 from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
@@ -180,7 +181,7 @@ class Dispatcher:
                 reuse=running.reuse,
                 predicted_s=running.expected_s,
             )
-            self._nodes.learned(node)
+            self._nodes.learned(node, running.job.work.kind)
 
     def requeue(
         self, task: TaskId, now: float, *, left: float = 1.0, avoid: Mapping[NodeId, float] | None = None
@@ -260,29 +261,23 @@ class Dispatcher:
             return []
         if len(open_nodes) == 1:
             return self._fill_one(now, open_nodes)
-        started: list[Decision] = []
+        started: list[Start] = []
         closed = np.zeros(len(open_nodes), np.bool_)
-        is_changed = False  # a node in use still has room: its prices are not those of the look
         for rows, seen in self._blocks(now, open_nodes):
             for index in self._in_order(seen.scores.max(axis=1), rows):
-                row = int(rows[index])
-                at = seen
-                if is_changed:
-                    at, index = self._look_at(row, now, open_nodes, seen.scene.mean_s), 0
-                column = self._column_for(at, index, closed, open_nodes)
+                column = self._column_for(seen, index, closed)
                 if column is None:
                     continue
-                started.append(self._start(row, at, index, column, now))
-                node = open_nodes[column]
-                closed[column] = not self._nodes.has_room[node]
-                is_changed |= not closed[column]
-                if closed.all():
-                    break
+                started.append(self._start(int(rows[index]), seen, index, column, now))
+                node = open_nodes[column : column + 1]
+                closed[column] = not self._nodes.has_room[node[0]]
+                if not closed[column]:  # the next one joins what has just started
+                    seen.renew(column, self._look_at(rows, now, node, seen.scene.mean_s[column]))
             if closed.all():
                 break
         for start in started:
             self._leave(start.task)
-        return started
+        return list[Decision](started)
 
     def _fill_one(self, now: float, open_nodes: NDArray[np.intp]) -> list[Decision]:
         """The common case: one node has room."""
@@ -319,8 +314,9 @@ class Dispatcher:
             mean_s = seen.scene.mean_s
             yield rows, seen
 
-    def _look_at(self, row: int, now: float, columns: NDArray[np.intp], mean_s: Floats | None) -> Look:
-        rows = np.array([row])
+    def _look_at(
+        self, rows: NDArray[np.intp], now: float, columns: NDArray[np.intp], mean_s: Floats | None = None
+    ) -> Look:
         return look(self.policy, self._jobs, self._nodes, now, rows=rows, columns=columns, mean_s=mean_s)
 
     def _in_order(self, best: Floats, rows: NDArray[np.intp]) -> Iterator[int]:
@@ -342,12 +338,10 @@ class Dispatcher:
         ties = np.flatnonzero(scores == best)
         return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=self._jobs.tie_of)
 
-    def _column_for(
-        self, seen: Look, index: int, closed: NDArray[np.bool_], open_nodes: NDArray[np.intp]
-    ) -> int | None:
+    def _column_for(self, seen: Look, index: int, closed: NDArray[np.bool_]) -> int | None:
         """Which of the open nodes the task goes to; ties go to the first by id."""
         scores = seen.scores[index]
-        keys = seen.scene.finish_s[index] if self.policy.place == "first_end" else -scores
+        keys = seen.finish_s[index] if self.policy.place == "first_end" else -scores
         keys = np.where((scores > -np.inf) & ~closed, keys, np.inf)
         best = keys.min()
         if best == np.inf:
@@ -355,7 +349,7 @@ class Dispatcher:
         ties = np.flatnonzero(keys == best)
         if len(ties) == 1:
             return int(ties[0])
-        return min(map(int, ties), key=lambda column: self._nodes.ids[open_nodes[column]])
+        return min(map(int, ties), key=lambda column: self._nodes.ids[seen.scene.open_nodes[column]])
 
     def _start(
         self, row: int, seen: Look, index: int, column: int, now: float, *, after: Running | None = None
@@ -363,15 +357,16 @@ class Dispatcher:
         """Put the task of ``row`` on a node. It is still in the table of who waits."""
         job, node = self._jobs.jobs[row], int(seen.scene.open_nodes[column])
         scene = seen.scene
+        cost_s, service_s = float(seen.cost_s[index, column]), float(seen.finish_s[index, column])
         why = Why(
             at=now,
             policy=self.policy.name,
             words="",
             score=float(seen.scores[index, column]),
-            density=float(scene.value[index] / scene.cost_s[index, column]),
-            laxity_s=None if scene.is_virtual[index] else float(scene.laxity_s[index, column]),
-            cost_s=float(scene.cost_s[index, column]),
-            service_s=float(scene.finish_s[index, column]),
+            density=float(scene.value[index]) / cost_s,
+            laxity_s=None if scene.is_virtual[index] else job.deadline_at - now - service_s,
+            cost_s=cost_s,
+            service_s=service_s,
             n_waiting=len(self._jobs) - 1,
         )
         if self._config.explain:
@@ -430,68 +425,57 @@ class Dispatcher:
 
     def _preempt(self, now: float) -> list[Decision]:
         """A newcomer of at least twice the density goes before a generation that can afford to wait."""
+        runners = self._interruptible()
+        newcomers = [task for task in self._newcomers if task in self._jobs]
+        if not runners or not newcomers:
+            return []
+        pairs = self._pairs(newcomers, runners, now)
         decisions: list[Decision] = []
-        waiting = [task for task in self._newcomers if task in self._jobs]
-        for task in sorted(waiting, key=lambda task: self._jobs.tie_of(self._jobs.row(task))):
-            job = self._jobs.jobs[self._jobs.row(task)]
-            if job.work.kind != "tune" and job.deadline_at < FOREVER:
-                decisions += self._make_room(job, now)
+        for row in sorted(pairs.rows, key=self._jobs.tie_of):
+            task = self._jobs.jobs[row].task
+            found = [
+                (finish_s, runner.node, runner.job.task, runner)
+                for finish_s, runner in pairs.of(row)
+                if runner.node not in self._paused
+            ]
+            if found:
+                decisions += self._interrupt(task, min(found)[3], now)
+        for decision in decisions:
+            if isinstance(decision, Start):
+                self._leave(decision.task)
         return decisions
 
-    def _make_room(self, job: Job, now: float) -> list[Decision]:
-        found: tuple[float, NodeId, Running] | None = None
-        for row, node in enumerate(self._nodes.ids):
-            if self._nodes.has_room[row] or node in self._paused or job.avoid.get(node, 0.0) > now:
-                continue
-            view = self._nodes.view(row)
-            if not view.is_ready or not view.has(job.needs):
-                continue
-            reuse = self._nodes.reuse_of(job, row)
-            rows = max(1.0, float(self._nodes.n_rows[row]))
-            service_s = self.cost.estimate(job.work, node, view.rates, reuse=reuse, rows=rows).service_s
-            if now + service_s > job.deadline_at or (found is not None and (service_s, node) >= found[:2]):
-                continue
-            runner = self._weakest(row, now)
-            if runner is not None and self._may_preempt(job, service_s, runner, now):
-                found = service_s, node, runner
-        if found is None:
-            return []
-        _, node, runner = found
-        row = self._nodes.row(node)
-        runner.is_paused, runner.paused_at = True, now
-        self._paused[node] = runner.job.task
-        self._nodes.change(row, now)
-        seen = self._look_at(self._jobs.row(job.task), now, np.array([row]), None)
-        start = self._start(self._jobs.row(job.task), seen, 0, 0, now, after=runner)
-        self._leave(job.task)
-        words = (
-            f"waits between two tokens for {job.task}, which has twice its density, and still ends in time"
-        )
-        return [Pause(task=runner.job.task, node=node, why=self._why_runner(runner, words, now)), start]
-
-    def _weakest(self, row: int, now: float) -> Running | None:
-        """The generation on a node that loses least by waiting."""
-        able = [
+    def _interruptible(self) -> list[Running]:
+        """Generation on full nodes, where none stands still already."""
+        return [
             running
-            for running in self._nodes.running(row).values()
+            for row in np.flatnonzero(~self._nodes.has_room)
+            if self._nodes.ids[row] not in self._paused and self._nodes.view(int(row)).is_ready
+            for running in self._nodes.running(int(row)).values()
             if running.job.work.kind == "generate" and not running.is_paused
         ]
-        return min(able, key=lambda r: (self._density(r.job, r.left_s(now), now), r.job.task), default=None)
 
-    def _may_preempt(self, job: Job, service_s: float, runner: Running, now: float) -> bool:
-        left_s = runner.left_s(now)
-        if now + service_s + left_s > runner.job.deadline_at:
-            return False
-        ours, theirs = self._density(job, service_s, now), self._density(runner.job, left_s, now)
-        return ours >= self._config.preempt_ratio * theirs
+    def _pairs(self, newcomers: list[TaskId], runners: list[Running], now: float) -> Pairs:
+        """Which newcomers may go before which runners: the rule, for all pairs at once."""
+        rows = np.array([self._jobs.row(task) for task in newcomers])
+        is_eligible = (self._jobs.numbers("kind")[rows] != _TUNE) & (
+            self._jobs.column("patience_s")[rows] == np.inf
+        )
+        rows = rows[is_eligible][: max(1, _MATRIX_MAX // len(runners))]
+        return Pairs.found(
+            self._jobs, self._nodes, rows, runners, now, mean_s=self._mean_s, ratio=self._config.preempt_ratio
+        )
 
-    def _density(self, job: Job, service_s: float, now: float) -> float:
-        """Value density with the slack discount, of one task."""
-        deadline_at = job.deadline_at
-        if deadline_at == FOREVER:
-            deadline_at = job.arrived_at + self._config.patience_s + service_s
-        laxity = max(deadline_at - now - service_s, 0.0)
-        return job.value / service_s * exp(-laxity / (SLACK_K * self._mean_s))
+    def _interrupt(self, task: TaskId, runner: Running, now: float) -> list[Decision]:
+        node = self._nodes.row(runner.node)
+        runner.is_paused, runner.paused_at = True, now
+        self._paused[runner.node] = runner.job.task
+        self._nodes.change(node, now)
+        row = self._jobs.row(task)
+        seen = self._look_at(np.array([row]), now, np.array([node]))
+        words = f"waits between two tokens for {task} of twice its density, and still ends in time"
+        pause = Pause(task=runner.job.task, node=runner.node, why=self._why_runner(runner, words, now))
+        return [pause, self._start(row, seen, 0, 0, now, after=runner)]
 
     # ── books ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -535,7 +519,7 @@ class Dispatcher:
             at=now,
             policy=self.policy.name,
             words=words,
-            score=self._density(job, left_s, now),
+            score=job.value / left_s,
             density=job.value / left_s,
             laxity_s=None if job.deadline_at == FOREVER else job.deadline_at - now - left_s,
             cost_s=left_s,

@@ -37,6 +37,9 @@ class JobTable:
         self._row: dict[TaskId, int] = {}
         self.n_virtual = 0
         """Rows without a deadline of their own."""
+        self.n_tunes = 0
+        self.n_spared = 0
+        """Rows with parts that a node may be spared by what it has from earlier work."""
         self.avoiding: set[TaskId] = set()
         """Tasks that must not go to some nodes for a while."""
 
@@ -73,7 +76,7 @@ class JobTable:
         self.jobs.append(job)
         self._row[job.task] = row
         is_virtual = job.deadline_at == FOREVER
-        self.n_virtual += is_virtual
+        self._tally(job, 1)
         if job.avoid:
             self.avoiding.add(job.task)
         floats, ints = self._floats, self._ints
@@ -101,7 +104,7 @@ class JobTable:
         row = self._row.pop(task)
         job, last = self.jobs[row], len(self.jobs) - 1
         needs, reuse = int(self._ints["needs"][row]), int(self._ints["reuse"][row])
-        self.n_virtual -= job.deadline_at == FOREVER
+        self._tally(job, -1)
         self.avoiding.discard(task)
         if row != last:
             self.jobs[row] = self.jobs[last]
@@ -116,6 +119,12 @@ class JobTable:
         """Deadline, then ``tie``, then id: two rows never have the same."""
         job = self.jobs[row]
         return float(self._floats["deadline_at"][row]), job.tie, job.task
+
+    def _tally(self, job: Job, by: int) -> None:
+        work = job.work
+        self.n_virtual += by * (job.deadline_at == FOREVER)
+        self.n_tunes += by * (work.kind == "tune")
+        self.n_spared += by * (work.n_adapter_loads > 0 or work.n_feature_tokens > 0)
 
     def _grow(self) -> None:
         self._capacity *= 2

@@ -20,12 +20,23 @@ _TUNE = KINDS.index("tune")
 _EVERYTHING = slice(None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Look:
     scene: Scene
-    priced: Prices
+    """As it was before anything started."""
     scores: Floats
     """(n, m) The policy's, ``-inf`` where the task must not start."""
+    cost_s: Floats
+    finish_s: Floats
+    """(n, m) As in ``Scene``."""
+
+    def renew(self, column: int, again: Look) -> None:
+        """One node's column is looked at ``again``, because something has started there."""
+        if self.cost_s is self.finish_s:
+            self.cost_s = self.cost_s.copy()
+        self.scores[:, column] = again.scores[:, 0]
+        self.cost_s[:, column] = again.cost_s[:, 0]
+        self.finish_s[:, column] = again.finish_s[:, 0]
 
 
 def look(
@@ -42,23 +53,23 @@ def look(
     """Score the tasks ``rows`` (n) on the nodes ``columns`` (m).
 
     Args:
-        mean_s: (m,) The yardstick of slack; ``None``: of these tasks.
+        mean_s: (m,) The yardstick of slack; ``None``: the mean of these tasks.
         wait_s: A start now is one after so many seconds (a chunk has to end first).
     """
     priced = prices(jobs, nodes, rows, columns)
     if wait_s:
         priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
-    mean_s = priced.cost_s.mean(axis=0) if mean_s is None else mean_s
+    mean_s = priced.cost_s.mean(axis=0) if mean_s is None else np.atleast_1d(mean_s)
     scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s)
     scores = np.where(_allowed(policy, jobs, nodes, rows, scene, priced), policy.score(scene), -np.inf)
-    return Look(scene, priced, scores)
+    return Look(scene, scores, priced.cost_s, priced.finish_s)
 
 
 def ranks(policy: Policy, jobs: JobTable, nodes: NodeTable, now: float) -> Floats:
     """(n,) The policy's score of every task on its best node alone: the order in which many tasks are placed
     on many nodes. ``-inf``: must not start."""
     best_s = jobs.column("best_s")[:, None]
-    priced = Prices(best_s, best_s, np.ones(best_s.shape, np.bool_))
+    priced = Prices(best_s, best_s, np.ones((1, 1), np.bool_))
     nowhere = np.zeros(0, np.intp)
     scene = _scene(jobs, nodes, now, _EVERYTHING, nowhere, priced, best_s.mean(axis=0))
     scores = policy.score(scene)[:, 0]
@@ -101,14 +112,16 @@ def _allowed(
     allowed: NDArray[np.bool_] = scene.finish_s < np.inf
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
-        is_in_time = (scene.finish_s <= left_s) | (~priced.is_known & (left_s > 0))
+        is_in_time = scene.finish_s <= left_s
+        if not priced.is_known.all():
+            is_in_time |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
             is_in_time |= scene.is_virtual[:, None]
         allowed &= is_in_time
     if policy.keeps is not None and isinstance(rows, slice):
         allowed &= policy.keeps(scene)[:, None]
-    is_tune = jobs.numbers("kind")[rows] == _TUNE
-    if is_tune.any():
+    if jobs.n_tunes and not nodes.has_tune_room[scene.open_nodes].all():
+        is_tune = jobs.numbers("kind")[rows] == _TUNE
         allowed &= ~is_tune[:, None] | nodes.has_tune_room[scene.open_nodes]
     if jobs.avoiding:
         _shun(jobs, nodes, rows, scene, allowed)

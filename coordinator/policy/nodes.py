@@ -16,6 +16,7 @@ from coordinator.policy.rates import PARTS
 from coordinator.policy.work import KINDS, Needs
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
+from mesh.messages.task import TaskKind
 
 __all__ = ["NodeTable", "Running"]
 
@@ -87,6 +88,10 @@ class NodeTable:
         """(needs, M)"""
         self.warm: Floats = np.zeros((0, 0))
         """(reuses, M) Share of what a task reuses that the node has."""
+        self.has_everything = True
+        """Every node has what every waiting task needs."""
+        self.knows_everything = True
+        """No estimate is a guess."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,8 +130,10 @@ class NodeTable:
             self.has[number, row] = view.has(needs)
         for reuse, number in self.reuses.items():
             self.warm[number, row] = reuse in self._slots[row].warm
-        self.learned(view.id)
+        for kind in KINDS:
+            self.learned(view.id, kind)
         self._count(row)
+        self._look_over()
         return True
 
     def drop(self, node: NodeId) -> list[Running]:
@@ -139,15 +146,22 @@ class NodeTable:
         for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at"):
             setattr(self, name, np.delete(getattr(self, name), row))
         self._row = {name: at for at, name in enumerate(self.ids)}
+        self._look_over()
         return ran
 
-    def learned(self, node: NodeId) -> None:
-        """The cost model changed its mind about the node."""
-        row = self._row[node]
-        rates = self._slots[row].view.rates
-        for number, kind in enumerate(KINDS):
-            self.corrections[number, row] = self._cost.correction(kind, node)
-            self.is_known[number, row] = self._cost.is_known(kind, node, rates)
+    def learned(self, node: NodeId, kind: TaskKind) -> None:
+        """The cost model changed its mind about a kind on the node."""
+        row, number = self._row[node], KINDS.index(kind)
+        self.corrections[number, row] = self._cost.correction(kind, node)
+        is_known = self._cost.is_known(kind, node, self._slots[row].view.rates)
+        if self.is_known[number, row] != is_known:
+            self.is_known[number, row] = is_known
+            self._look_over()
+
+    def _look_over(self) -> None:
+        used = [number for _, number in self.needs.items()]
+        self.has_everything = bool(self.has[used].all())
+        self.knows_everything = bool(self.is_known.all())
 
     # ── keys ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,6 +171,7 @@ class NodeTable:
         if is_new:
             self.has = _taller(self.has, len(self.needs))
             self.has[needs] = [slots.view.has(job.needs) for slots in self._slots]
+            self.has_everything = self.has_everything and bool(self.has[needs].all())
         name = job.work.reuses or ""
         reuse, is_new = self.reuses.take(name)
         if is_new:

@@ -1,7 +1,7 @@
 """Costs of waiting tasks on nodes, as arrays.
 
-Sums of products are written out part by part instead of as a matrix product: every element is then rounded in
-the same way wherever it stands, so equal tasks get equal scores and ties are ties.
+Sums of products are written out part by part instead of as a matrix product: every element is then rounded
+in the same way wherever it stands, so equal tasks get equal scores and ties are ties.
 """
 
 from __future__ import annotations
@@ -17,56 +17,64 @@ from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.rates import PARTS
 
-__all__ = ["Prices", "fastest_s", "prices"]
+__all__ = ["Prices", "Rows", "fastest_s", "prices"]
 
 _SPARED: Final = (PARTS.index("adapter_load"), PARTS.index("features"))
 _DECODE: Final = PARTS.index("decode")
-_PLAIN: Final = (PARTS.index("prefill"), PARTS.index("tune"))
+_PREFILL, _TUNE = PARTS.index("prefill"), PARTS.index("tune")
 _LEAST_S: Final = 1e-6
+_CERTAIN: Final = np.ones((1, 1), np.bool_)
 
 Rows = NDArray[np.intp] | slice
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Of n tasks on m nodes, all (n, m)."""
+    """Of n tasks on m nodes."""
 
     cost_s: Floats
-    """Node seconds taken from others."""
+    """(n, m) Node seconds taken from others."""
     finish_s: Floats
-    """From start to end; infinite where the node has not what the task needs."""
+    """(n, m) From start to end; infinite where the node has not what the task needs."""
     is_known: NDArray[np.bool_]
-    """Whether the estimate may forbid a start."""
+    """(n, m) or (1, 1) Whether the estimate may forbid a start."""
 
 
-def prices(jobs: JobTable, nodes: NodeTable, rows: Rows, columns: Rows, *, alone: bool = False) -> Prices:
+def prices(
+    jobs: JobTable, nodes: NodeTable, rows: Rows, columns: Rows, *, alone: bool = False, n_away: int = 0
+) -> Prices:
     """Costs of the tasks ``rows`` on the nodes ``columns``, joining what runs there unless ``alone``.
 
-    Cost: about 14 passes over n * m numbers.
+    Parts that no waiting task has are left out, so the cost is 5 to 14 passes over n * m numbers.
+
+    Args:
+        n_away: So many of the attempts that run on each node stand still.
     """
     amounts, unit_s = jobs.amounts[:, rows], nodes.unit_s[:, columns]
-    kinds, needs, reuses = (jobs.numbers(name)[rows] for name in ("kind", "needs", "reuse"))
-    row_cost = nodes.row_cost[columns]
-    n_others = nodes.n_rows[columns] * (0.0 if alone else 1.0)
-    spared = sum_of_parts(amounts, unit_s, _SPARED) * (1.0 - nodes.warm[reuses][:, columns])
-    fixed = sum_of_parts(amounts, unit_s, _PLAIN) + spared
-    decode = amounts[_DECODE][:, None] * unit_s[_DECODE][None, :]
-    correction = nodes.corrections[kinds][:, columns]
-    finish_s = np.maximum((fixed + decode * (1.0 + n_others * row_cost)) * correction, _LEAST_S)
-    if alone or not n_others.any():
-        cost_s = finish_s
+    kinds = jobs.numbers("kind")[rows]
+    decode = amounts[_DECODE][:, None] * unit_s[_DECODE]
+    fixed = amounts[_PREFILL][:, None] * unit_s[_PREFILL]
+    if jobs.n_tunes:
+        fixed = fixed + amounts[_TUNE][:, None] * unit_s[_TUNE]
+    if jobs.n_spared:
+        first, second = _SPARED
+        spared = amounts[first][:, None] * unit_s[first] + amounts[second][:, None] * unit_s[second]
+        fixed = fixed + spared * (1.0 - nodes.warm[:, columns][jobs.numbers("reuse")[rows]])
+    correction = nodes.corrections[:, columns][kinds]
+    n_others = nodes.n_rows[columns] - n_away
+    if alone or not (n_others > 0).any():
+        finish_s = cost_s = np.maximum((fixed + decode) * correction, _LEAST_S)
     else:
+        row_cost = nodes.row_cost[columns]
+        steps = decode * (1.0 + np.maximum(n_others, 0.0) * row_cost)
+        finish_s = np.maximum((fixed + steps) * correction, _LEAST_S)
         # A row that joins a batch makes its steps longer by row_cost; the step itself runs anyway.
-        share = np.where(n_others > 0, row_cost, 1.0)
-        cost_s = np.maximum((fixed + decode * share) * correction, _LEAST_S)
-    finish_s = np.where(nodes.has[needs][:, columns], finish_s, np.inf)
-    return Prices(cost_s, finish_s, nodes.is_known[kinds][:, columns])
-
-
-def sum_of_parts(amounts: Floats, unit_s: Floats, parts: tuple[int, ...]) -> Floats:
-    """(parts, n), (parts, m) -> (n, m)"""
-    first, second = parts
-    return amounts[first][:, None] * unit_s[first] + amounts[second][:, None] * unit_s[second]
+        marginal = decode * np.where(n_others > 0, row_cost, 1.0)
+        cost_s = np.maximum((fixed + marginal) * correction, _LEAST_S)
+    if not nodes.has_everything:
+        finish_s = np.where(nodes.has[:, columns][jobs.numbers("needs")[rows]], finish_s, np.inf)
+    is_known = _CERTAIN if nodes.knows_everything else nodes.is_known[:, columns][kinds]
+    return Prices(cost_s, finish_s, is_known)
 
 
 def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]:
@@ -77,10 +85,20 @@ def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]
     """
     if not len(nodes):
         return 0.0, 0.0
-    priced = prices(jobs, nodes, np.array([row]), slice(None), alone=True)
-    finish_s, is_known = priced.finish_s[0], priced.is_known[0]
-    best_s = float(finish_s.min())
+    service_s = np.zeros(len(nodes))
+    warm = nodes.warm[jobs.numbers("reuse")[row]] if jobs.n_spared else None
+    for part, amount in enumerate(jobs.amounts[:, row].tolist()):
+        if amount:
+            part_s = amount * nodes.unit_s[part]
+            service_s += part_s if warm is None or part not in _SPARED else part_s * (1.0 - warm)
+    kind = int(jobs.numbers("kind")[row])
+    service_s = np.maximum(service_s * nodes.corrections[kind], _LEAST_S)
+    if not nodes.has_everything:
+        service_s = np.where(nodes.has[jobs.numbers("needs")[row]], service_s, np.inf)
+    best_s = float(service_s.min())
     if best_s == np.inf:
         return 0.0, 0.0
-    certain_s = float(np.where(is_known | np.isinf(finish_s), finish_s, 0.0).min())
-    return best_s, certain_s
+    if nodes.knows_everything:
+        return best_s, best_s
+    is_guess = ~nodes.is_known[kind] & (service_s < np.inf)
+    return best_s, 0.0 if is_guess.any() else best_s
