@@ -20,7 +20,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import nextafter
 from typing import Final
 
@@ -262,22 +261,34 @@ class Dispatcher:
         if len(open_nodes) == 1:
             return self._fill_one(now, open_nodes)
         started: list[Start] = []
-        closed = np.zeros(len(open_nodes), np.bool_)
         for rows, seen in self._blocks(now, open_nodes):
-            for index in self._in_order(seen.scores.max(axis=1), rows):
-                column = self._column_for(seen, index, closed)
-                if column is None:
-                    continue
-                started.append(self._start(int(rows[index]), seen, index, column, now))
-                node = open_nodes[column : column + 1]
-                closed[column] = not self._nodes.has_room[node[0]]
-                if not closed[column]:  # the next one joins what has just started
-                    seen.renew(column, self._look_at(rows, now, node, seen.scene.mean_s[column]))
-            if closed.all():
+            started += self._place(rows, seen, now)
+            if not self._nodes.has_room[open_nodes].any():
                 break
         for start in started:
             self._leave(start.task)
         return list[Decision](started)
+
+    def _place(self, rows: NDArray[np.intp], seen: Look, now: float) -> list[Start]:
+        """Start the tasks ``rows`` in the order of their scores while there are nodes for them."""
+        started: list[Start] = []
+        order = self._in_order(seen.scores.max(axis=1), rows)
+        at = 0
+        while at < len(order):
+            index = int(order[at])
+            at += 1
+            column = self._column_for(seen, index)
+            if column is None:  # it fitted only nodes that are full by now; perhaps many others did, too
+                order, at = order[at:], 0
+                order = order[(seen.scores[order] > -np.inf).any(axis=1)]
+                continue
+            started.append(self._start(int(rows[index]), seen, index, column, now))
+            node = seen.scene.open_nodes[column : column + 1]
+            if self._nodes.has_room[node[0]]:  # the next one joins what has just started
+                seen.renew(column, self._look_at(rows, now, node, seen.scene.mean_s[column]))
+            else:
+                seen.scores[:, column] = -np.inf
+        return started
 
     def _fill_one(self, now: float, open_nodes: NDArray[np.intp]) -> list[Decision]:
         """The common case: one node has room."""
@@ -303,7 +314,7 @@ class Dispatcher:
             yield np.arange(n), seen
             return
         first = ranks(self.policy, self._jobs, self._nodes, now)
-        order = np.fromiter(self._in_order(first, np.arange(n)), np.intp)
+        order = self._in_order(first, np.arange(n))
         size = max(1, _MATRIX_MAX // len(open_nodes))
         mean_s: Floats | None = None
         for at in range(0, len(order), size):
@@ -319,16 +330,19 @@ class Dispatcher:
     ) -> Look:
         return look(self.policy, self._jobs, self._nodes, now, rows=rows, columns=columns, mean_s=mean_s)
 
-    def _in_order(self, best: Floats, rows: NDArray[np.intp]) -> Iterator[int]:
+    def _in_order(self, best: Floats, rows: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indexes of tasks that may start, the highest score first."""
         able = np.flatnonzero(best > -np.inf)
-        deadlines = self._jobs.column("deadline_at")[rows[able]]
-        order = able[np.lexsort((deadlines, -best[able]))]
-        for _, run in groupby(order, key=lambda index: best[index]):
-            ties = list(run)
-            if len(ties) > 1:
-                ties.sort(key=lambda index: self._jobs.tie_of(rows[index]))
-            yield from map(int, ties)
+        order = able[np.argsort(-best[able], kind="stable")]
+        sorted_best = best[order]
+        is_tied = sorted_best[1:] == sorted_best[:-1]
+        if not is_tied.any():
+            return order
+        edges = np.flatnonzero(~is_tied) + 1
+        for run in np.split(np.arange(len(order)), edges):
+            if len(run) > 1:
+                order[run] = sorted(order[run], key=lambda index: self._jobs.tie_of(rows[index]))
+        return order
 
     def _first(self, scores: Floats) -> int | None:
         """The row with the highest score; ``None`` if none may start."""
@@ -338,17 +352,18 @@ class Dispatcher:
         ties = np.flatnonzero(scores == best)
         return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=self._jobs.tie_of)
 
-    def _column_for(self, seen: Look, index: int, closed: NDArray[np.bool_]) -> int | None:
+    def _column_for(self, seen: Look, index: int) -> int | None:
         """Which of the open nodes the task goes to; ties go to the first by id."""
         scores = seen.scores[index]
         keys = seen.finish_s[index] if self.policy.place == "first_end" else -scores
-        keys = np.where((scores > -np.inf) & ~closed, keys, np.inf)
-        best = keys.min()
+        keys = np.where(scores > -np.inf, keys, np.inf)
+        column = int(keys.argmin())
+        best = keys[column]
         if best == np.inf:
             return None
         ties = np.flatnonzero(keys == best)
         if len(ties) == 1:
-            return int(ties[0])
+            return column
         return min(map(int, ties), key=lambda column: self._nodes.ids[seen.scene.open_nodes[column]])
 
     def _start(

@@ -109,7 +109,7 @@ def _allowed(
     policy: Policy, jobs: JobTable, nodes: NodeTable, rows: Rows, scene: Scene, priced: Prices
 ) -> NDArray[np.bool_]:
     """(n, m) Where a start breaks no promise."""
-    allowed: NDArray[np.bool_] = scene.finish_s < np.inf
+    allowed: NDArray[np.bool_] = (scene.finish_s < np.inf) & nodes.has_room[scene.open_nodes]
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
         is_in_time = scene.finish_s <= left_s
