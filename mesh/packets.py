@@ -19,9 +19,12 @@ from mesh.errors import DecodeError
 from mesh.ids import MeshName, NodeId, TaskId, is_id
 from mesh.messages import (
     CancelTask,
+    CostReport,
+    ExplainTask,
     LeaseRecord,
     NodeForgotten,
     Submit,
+    TaskExplanation,
     TaskForgotten,
     TaskReply,
     TaskResult,
@@ -32,6 +35,7 @@ from mesh.topics import (
     CANCEL,
     CLEARS,
     COORDINATOR,
+    EXPLAIN,
     INBOX,
     INFO,
     METRICS,
@@ -76,7 +80,7 @@ class Packet:
 def node_filters(mesh: MeshName, me: NodeId) -> list[str]:
     """What a node listens to: all about its peers, its own inbox, the coordinator, and what clients ask."""
     return [
-        *(row.filter(mesh) for row in (STATE, INFO, METRICS, COORDINATOR, SUBMIT, CANCEL)),
+        *(row.filter(mesh) for row in (STATE, INFO, METRICS, COORDINATOR, SUBMIT, CANCEL, EXPLAIN)),
         INBOX.filter(mesh, to=me),
     ]
 
@@ -146,6 +150,8 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
         return Heard(submit, CLIENT)
     if row is CANCEL:  # the task is in the topic, whatever the payload says
         return Heard(CancelTask(task=TaskId(ids["task"])), CLIENT)
+    if row is EXPLAIN:
+        return Heard(ExplainTask(task=TaskId(ids["task"])), CLIENT)
     if row is REPLY:
         return Heard(_read_reply(packet), CLIENT)
     if row.retain and not packet.payload:
@@ -163,7 +169,7 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
             raise DecodeError(f"the topic says {name} {id_in_topic}, the payload {str(id_inside)[:80]!r}")
     if row in (STATE, INFO, METRICS):
         return Heard(message, NodeId(ids["node"]))
-    if isinstance(message, LeaseRecord | TaskStatus | TaskResult):
+    if isinstance(message, LeaseRecord | TaskStatus | TaskResult | TaskExplanation | CostReport):
         return Heard(message, message.epoch.node)
     return Heard(message, CLIENT)
 

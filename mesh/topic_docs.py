@@ -49,6 +49,24 @@ _RESULT = m.TaskResult(
     service_s=0.41,
 )  # fmt: skip
 
+_EXPLANATION = m.TaskExplanation(
+    task=_TASK, epoch=_EPOCH, state="running", kind="generate", value=2.0, budget_s=21.5, node=_WORKER, attempt=1,
+    decisions=[
+        m.TaskDecision(
+            verb="start", age_s=1.2, words="desktop-91b0e4: density 1.43/s, 20.1 s of slack", node=_WORKER,
+            policy="vdf", score=1.1, density=1.43, laxity_s=20.1, cost_s=1.4, service_s=2.5, n_waiting=3,
+            candidates=[
+                m.CandidateNode(
+                    node=_WORKER, service_s=2.5, why_not=None, parts={"prefill": 0.4, "decode": 2.1}
+                ),
+                m.CandidateNode(node=_NODE, service_s=9.8, why_not="ends 7.3 s later"),
+            ],
+            n_candidates=2,
+        )
+    ],
+    n_decisions=1,
+)  # fmt: skip
+
 _EXAMPLES: dict[type, m.NodeState | Any] = {
     m.NodeState: m.NodeState(node=_NODE, state="online", incarnation=12, boot=Boot("9c41f0aa")),
     m.NodeInfo: m.NodeInfo(
@@ -67,6 +85,12 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
     m.LeaseRecord: m.LeaseRecord(kind="lease", epoch=_EPOCH, ttl_s=3.0, beat=412),
     m.Submit: m.Submit(prompt="What is the capital of France?", id=_TASK, max_tokens=64, deadline_s=30.0),
     m.CancelTask: m.CancelTask(task=_TASK),
+    m.ExplainTask: m.ExplainTask(task=_TASK),
+    m.TaskExplanation: _EXPLANATION,
+    m.CostReport: m.CostReport(
+        epoch=_EPOCH,
+        errors=[m.KindError(kind="generate", p50=0.12, n=64), m.KindError(kind="tune", p50=0.21, n=7)],
+    ),
     m.TaskStatus: _STATUS,
     m.TaskTokens: m.TaskTokens(task=_TASK, attempt=1, seq=0, text="The capital of", n_tokens=3),
     m.TaskResult: _RESULT,
@@ -91,6 +115,11 @@ _NOTES: dict[type, str] = {
     m.TaskResult: "`finish_reason` is `stop` (the model ended, or a stop string came) or `length` (`max_tokens`). Times are in"
     " seconds: `queue_s` waiting, `service_s` being computed, `ttft_s` of that until the first token. `output` holds"
     " what a `kind` other than `generate` gives.",
+    m.TaskExplanation: "`state` is null if the coordinator does not know the task. Of each decision: `density` is value per"
+    " second of node time, `laxity_s` the slack after the expected end, `service_s` the expected time from start to end and"
+    " `cost_s` the node time that others lose by it. `why_not` is null for the node that was taken. A task that waits has a"
+    " last entry `wait`: what it would be now.",
+    m.CostReport: "`p50`: half of the last predictions of that kind were off by at most this share.",
     m.TaskProgress: "`phase` is `reading` (the data), `features` (computing what no earlier job computed), `choosing`"
     " (how many layers), `training` or `saving`; `fraction` is of the whole task.",
     m.TaskReply: "See *Replies* below for how to ask for them.",

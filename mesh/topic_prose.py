@@ -228,5 +228,7 @@ STATEMENTS: tuple[str, ...] = (
     "QoS 1 delivers at least once: every receiver takes a repetition for what it is.",
     "`progress` is QoS 0, with `seq` from 0 in each attempt; of one attempt the highest `seq` counts, of two the"
     " higher `attempt`. An interrupted tuning task goes on where its last attempt saved its state.",
+    "`explain` is answered with `why`, also for an unknown task; its payload does not matter. A question that comes"
+    " while nobody coordinates is not answered: ask again. Nothing is decided otherwise for having been asked.",
 )
 """``EM-MQTT-01`` and so on; tests name the ones they hold up. A number is never used again for another."""

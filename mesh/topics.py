@@ -85,6 +85,16 @@ CANCEL = Topic(
     writer="clients", reader="the coordinator", qos=1, retain=False,
     why="an empty payload is enough: the task is in the topic",
 )
+EXPLAIN = Topic(
+    name="EXPLAIN", pattern="task/{task}/explain", payload=(m.ExplainTask,), encoding="json",
+    writer="clients", reader="the coordinator", qos=1, retain=False,
+    why="an empty payload is enough: the task is in the topic; the answer comes as 'why'",
+)
+WHY = Topic(
+    name="WHY", pattern="task/{task}/why", payload=(m.TaskExplanation,), encoding="json",
+    writer="coordinator", reader="clients that asked", qos=1, retain=False,
+    why="the numbers behind each decision; only on request, so that nobody pays for what nobody reads",
+)
 STATUS = Topic(
     name="STATUS", pattern="task/{task}/status", payload=(m.TaskStatus,), encoding="json",
     writer="coordinator", reader="clients", qos=1, retain=True,
@@ -116,9 +126,15 @@ EVENT = Topic(
     why="what happened, in words",
 )
 
+COSTS = Topic(
+    name="COSTS", pattern="costs", payload=(m.CostReport,), encoding="json",
+    writer="coordinator", reader="people", qos=1, retain=True,
+    why="how far off predictions were lately; at most every 5 s and only if that has changed",
+)
+
 TABLE: tuple[Topic, ...] = (
-    STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, STATUS, STREAM, PROGRESS, RESULT, REPLY,
-    EVENT,
+    STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, EXPLAIN, WHY, STATUS, STREAM, PROGRESS, RESULT,
+    REPLY, EVENT, COSTS,
 )
 # fmt: on
 

@@ -3,6 +3,7 @@
 ``node``       who is here and how it is doing
 ``agreement``  who coordinates
 ``task``       what clients ask, and what coordinator and workers tell one another about it
+``explain``    why the coordinator decided as it did, and how well it foresees
 ``tune``       what a tuning task asks, and its progress
 ``output``     what tasks give besides text
 
@@ -12,6 +13,14 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 """
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
+from mesh.messages.explain import (
+    CandidateNode,
+    CostReport,
+    ExplainTask,
+    KindError,
+    TaskDecision,
+    TaskExplanation,
+)
 from mesh.messages.node import (
     Drain,
     NodeForgotten,
@@ -61,13 +70,17 @@ __all__ = [
     "AttemptsRunning",
     "CancelAttempt",
     "CancelTask",
+    "CandidateNode",
     "ChatMessage",
+    "CostReport",
     "Drain",
     "EpochHint",
     "EpochSeen",
+    "ExplainTask",
     "Held",
     "Hold",
     "Inventory",
+    "KindError",
     "LeaseKind",
     "LeaseRecord",
     "NodeForgotten",
@@ -84,7 +97,9 @@ __all__ = [
     "Refused",
     "StaleCommand",
     "Submit",
+    "TaskDecision",
     "TaskEvent",
+    "TaskExplanation",
     "TaskForgotten",
     "TaskKind",
     "TaskProgress",

@@ -30,6 +30,7 @@ NEVER_TRAVEL = {
     m.Unacceptable,  # made here of what came
     m.PeerHello,  # travels on the data plane
     m.TuneSpec, m.Output, m.AdapterCard, m.NodeRates,  # parts of others
+    m.CandidateNode, m.TaskDecision, m.KindError,  # parts of others
 }  # fmt: skip
 
 
@@ -133,6 +134,21 @@ def test_what_a_client_had_retained_is_not_said_again_at_every_connect() -> None
         assert read(replace(packet, retain=True), mesh=HOME) is None
 
 
+@pytest.mark.parametrize("payload", [b"", b"x", b'{"task": "t-2"}', b"\xff"])
+def test_whoever_asks_why_need_not_say_anything_but_the_task_in_the_topic(payload: bytes) -> None:
+    """EM-MQTT-23."""
+    packet = Packet(topic="edgemesh/home/task/t-1/explain", payload=payload, qos=1)
+    assert read(packet, mesh=HOME) == Heard(m.ExplainTask(task=TaskId("t-1")), CLIENT)
+
+
+def test_an_answer_and_a_report_come_from_the_coordinator_of_their_epoch() -> None:
+    answer = m.TaskExplanation(task=TaskId("t-1"), epoch=Epoch(3, A), state=None)
+    report = m.CostReport(epoch=Epoch(3, A), errors=[m.KindError(kind="tune", p50=0.2, n=5)])
+    for message in (answer, report):
+        (packet,) = outgoing(message, mesh=HOME, me=A)
+        assert read(packet, mesh=HOME) == Heard(message, A)
+
+
 def test_a_forgotten_task_clears_all_that_was_retained_of_it() -> None:
     """EM-MQTT-16."""
     packets = outgoing(m.TaskForgotten(task=TaskId("t-1")), mesh=HOME, me=A)
@@ -172,10 +188,10 @@ def _rows(rights: AccessList, name: str | None, right: Literal["read", "write"])
 
 
 def test_strangers_ask_and_read_what_is_public() -> None:
-    assert _rows(STRANGERS, None, "write") == {"SUBMIT", "CANCEL"}
+    assert _rows(STRANGERS, None, "write") == {"SUBMIT", "CANCEL", "EXPLAIN"}
     assert _rows(STRANGERS, None, "read") == {
         "STATE", "INFO", "METRICS", "COORDINATOR", "STATUS", "STREAM", "PROGRESS", "RESULT",
-        "EVENT",
+        "EVENT", "WHY", "COSTS",
     }  # fmt: skip
     assert STRANGERS.allows(None, "x", "read", "edgemesh/home/client/me")
     assert not STRANGERS.allows(None, "x", "write", "edgemesh/home/client/me")
@@ -192,7 +208,10 @@ def test_clients_with_a_certificate_may_do_what_strangers_may_and_no_more() -> N
 
 def test_members_speak_under_their_own_name_only() -> None:
     """EM-MQTT-04."""
-    shared = {"COORDINATOR", "SUBMIT", "CANCEL", "STATUS", "STREAM", "PROGRESS", "RESULT", "EVENT"}
+    shared = {
+        "COORDINATOR", "SUBMIT", "CANCEL", "EXPLAIN", "STATUS", "STREAM", "PROGRESS", "RESULT", "EVENT",
+        "WHY", "COSTS",
+    }  # fmt: skip
     assert _rows(MEMBERS, "a", "write") == shared | {"STATE", "INFO", "METRICS", "INBOX"}
     assert _rows(MEMBERS, "b", "write") == shared
     assert MEMBERS.allows("b", "x", "read", "edgemesh/home/node/a/to/b")
