@@ -4,10 +4,10 @@ The threads of one matrix product wait for the slowest. When another process tak
 others wait for it at every product: on two cores, one busy neighbour makes two threads several times
 slower than one. The right number therefore depends on who else computes now.
 
-That somebody does shows in one step: threads that have a core each use all the time there is (measured: 0.96
-to 1.0 of it, at 1 to 256 rows), beside one busy neighbour on two cores they get 0.57 to 0.75. So fewer threads
-are tried at once when time is missing, and hardly ever when it is not. Whether a neighbour has gone shows only
-in trying more, which is done less and less often while it is in vain.
+That somebody does shows in one step: threads that have a core each use all the time there is (measured: .96
+to 1.0 of it, at 1 to 256 rows), beside one busy neighbour on two cores they get 0.57 to 0.75. So fewer
+threads are tried at once when time is missing, and hardly ever when it is not. Whether a neighbour has gone
+shows only in trying more, which is done less and less often while it is in vain.
 
 (Making waiting threads sleep instead of spin helps beside a neighbour, but costs two threads on idle cores
 nearly half their speed: measured 33 ms a step spinning, 60 ms sleeping, 45 ms with one thread.)

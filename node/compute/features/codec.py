@@ -111,19 +111,25 @@ class _Grouped:
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def encode(self, x: Tensor, *, has_sink: bool = True) -> Encoded:
         x = _checked(x)
-        n, d = x.shape
-        lengths = torch.linalg.vector_norm(x, dim=1)
+        n = len(x)
         first = 1 if has_sink and n else 0
-        raw: list[int] = list(range(first))
         if first and not bool(torch.isfinite(x[:first]).all()):
             raise ValueError(_NOT_FINITE)
-        quantized, lengths = x[first:], lengths[first:]
-        fits = _fits(lengths)
-        if not bool(fits.all()):
+        found = self._encode(x, list(range(first)), x[first:])
+        if found is None:  # rarely: then which rows they are is worth a pass of its own
+            quantized = x[first:]
+            fits = _fits(torch.linalg.vector_norm(quantized, dim=1))
             if not bool(torch.isfinite(quantized[~fits]).all()):
                 raise ValueError(_NOT_FINITE)
-            raw += ((~fits).nonzero()[:, 0] + first).tolist()
-            quantized, lengths = quantized[fits], lengths[fits]
+            raw = [*range(first), *((~fits).nonzero()[:, 0] + first).tolist()]
+            found = self._encode(x, raw, quantized[fits])
+            assert found is not None, "rows that fit alone fit together"
+        return found
+
+    def _encode(self, x: Tensor, raw: list[int], quantized: Tensor) -> Encoded | None:
+        """``raw`` rows of ``x`` as they are, and ``quantized``, the others; ``None`` if one of those does not
+        fit."""
+        n, d = x.shape
         header = Header(self.name, n, d, len(raw), EXACT)
         layout = Layout.of(header)
         payload = bytearray(layout.end)
@@ -131,13 +137,15 @@ class _Grouped:
             memoryview(payload)[layout.rows : layout.raw].cast("I")[:] = array("I", raw)
             _view(payload, layout.raw, torch.float32, (len(raw), d)).copy_(x[raw])
         if layout.n:
-            certificate = self._quantize(quantized, lengths, payload, layout)
+            certificate = self._quantize(quantized, payload, layout)
+            if certificate is None:
+                return None
             header = Header(self.name, n, d, len(raw), certificate)
         payload[:HEADER_BYTES] = header.write()
         return Encoded(self.name, n, d, header.certificate, payload)
 
-    def _quantize(self, x: Tensor, lengths: Tensor, payload: bytearray, layout: Layout) -> Certificate:
-        """Shapes: x (n, d), lengths (n,): of the rows. All of it finite and moderate."""
+    def _quantize(self, x: Tensor, payload: bytearray, layout: Layout) -> Certificate | None:
+        """Shapes: x (n, d). ``None`` if a row does not fit."""
         n, d = x.shape
         groups, n_outliers = layout.groups, layout.n_outliers
         width = groups * GROUP
@@ -145,6 +153,7 @@ class _Grouped:
         scales = _view(payload, layout.scales, torch.float16, (n, groups))
         codes = _view(payload, layout.codes, torch.uint8, (n, groups, GROUP * self._bits // 8))
         channels = None
+        lengths = x.new_empty(n)  # of the rows
         squares, max_error = None, 0.0  # squares: of the length of each row's error, at most
         if n_outliers:
             channels = _outliers(x, n_outliers)
@@ -162,6 +171,8 @@ class _Grouped:
             here = slice(start, min(start + rows, n))
             m = here.stop - here.start
             block = x[here]
+            if not bool(_fits(torch.linalg.vector_norm(block, dim=1, out=lengths[here])).all()):
+                return None
             if copied is not None:
                 copied[:m, :d] = block
                 if channels is not None:
