@@ -7,10 +7,12 @@ is adopted instead of starting the work twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.placement import Policy, Waiting
+from coordinator.explanations import Explanations
+from coordinator.placing import Placing
+from coordinator.policy.decisions import Drop, Start
 from coordinator.publish import announce, event
 from coordinator.task import CANCELLED_BY_CLIENT, Task
 from coordinator.term import Term
@@ -43,20 +45,22 @@ class AttemptsConfig:
 
 
 class Attempts:
-    """One coordinator's view of who runs what. ``settle`` ends a task; ``policy`` places the waiting."""
+    """One coordinator's view of who runs what. ``settle`` ends a task; ``placing`` says what starts."""
 
     def __init__(
         self,
         *,
         term: Term,
-        policy: Policy,
+        placing: Placing,
+        explanations: Explanations,
         settle: Settle,
         config: AttemptsConfig,
     ) -> None:
         self._epoch = term.epoch
         self._ledger = term.ledger
         self._cluster = term.cluster
-        self._policy = policy
+        self._placing = placing
+        self._explanations = explanations
         self._settle = settle
         self._config = config
         self.stragglers_until = -FOREVER
@@ -65,15 +69,22 @@ class Attempts:
     # ── to workers ──────────────────────────────────────────────────────────────────────────────────
 
     def place(self, now: float, *, with_recovered: bool = True) -> list[Effect]:
-        """Assign what waits to whoever is free; recovered tasks only if told so."""
-        placements = self._policy(
-            self._waiting(now, with_recovered), list(self._cluster), self._ledger.in_flight
-        )
+        """Assign what waits to whoever is free and reject what cannot be done in time.
+
+        Recovered tasks only if told so: another node may know more of them.
+        """
         effects: list[Effect] = []
-        for placement in placements:
-            task = self._ledger.get(placement.task)
-            assert task is not None, f"the policy placed task {placement.task}, which is not in the ledger"
-            effects += self._assign(task, placement.node, now)
+        for decision in self._placing.decide(now, with_recovered=with_recovered):
+            task = self._ledger.get(decision.task)
+            assert task is not None, f"decided about task {decision.task}, which is not in the ledger"
+            self._explanations.note(task.id, decision, now)
+            match decision:
+                case Start(node=node):
+                    effects += self._assign(task, node, now)
+                case Drop(reason=reason):
+                    effects += self._end(task, "rejected", reason, now)
+                case _:
+                    pass  # giving way is the engine's own doing on a real node
         return effects
 
     def attend(self, task: Task, now: float) -> list[Effect]:
@@ -204,14 +215,6 @@ class Attempts:
         return self.lost(task, outcome.reason or f"{sender} ended it", now)
 
     # ── ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _waiting(self, now: float, with_recovered: bool) -> Iterator[Waiting]:
-        for task in self._ledger.waiting():
-            if task.is_cancelling:
-                continue
-            if task.deadline_at > now and (with_recovered or not task.is_recovered):
-                avoid = frozenset(node for node, until in task.avoid.items() if until > now)
-                yield Waiting(task=task.id, submit=task.submit, avoid=avoid)
 
     def _may_try(self, task: Task) -> bool:
         return task.failures < self._config.failures_max and task.attempt < _ATTEMPT_MAX

@@ -76,6 +76,7 @@ class Cluster:
     def __init__(self, me: NodeId) -> None:
         self._me = me
         self._nodes: dict[NodeId, Node] = {me: Node(id=me, standing="alive", incarnation=0)}
+        self._changed: dict[NodeId, None] = {}
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
@@ -96,6 +97,11 @@ class Cluster:
         """Nodes besides this one that can be trusted with a copy now, in the order of their ids."""
         return sorted(node.id for node in self if node.standing == "alive" and node.id != self._me)
 
+    def watch(self) -> dict[NodeId, None]:
+        """Every node known, and from now on whoever changes: the one reader takes out what it has seen."""
+        self._changed = dict.fromkeys(self._nodes)
+        return self._changed
+
     def see(self, message: NodeInfo | NodeReport | NodeState | NodeForgotten) -> None:
         """Take in what a node says of itself; an earlier life's words are dropped."""
         node = self.get(message.node)
@@ -103,6 +109,7 @@ class Cluster:
             case NodeForgotten():
                 if not node.is_present:
                     self._nodes.pop(message.node, None)
+                    self._changed[message.node] = None
             case NodeInfo():
                 if node.info is None or message.incarnation >= node.info.incarnation:
                     self._put(replace(node, info=message))
@@ -126,4 +133,6 @@ class Cluster:
             if gone is None:
                 return
             del self._nodes[gone]
+            self._changed[gone] = None
         self._nodes[node.id] = node
+        self._changed[node.id] = None

@@ -6,6 +6,7 @@ from random import Random
 
 from coordinator.admission import AdmissionConfig, Reject, admit
 from coordinator.attempts import Attempts
+from coordinator.placing import Placing
 from coordinator.publish import refuse, repeat
 from coordinator.settlement import Settlement
 from coordinator.submissions import Said
@@ -30,6 +31,7 @@ class Intake:
         term: Term,
         rng: Random,
         attempts: Attempts,
+        placing: Placing,
         settlement: Settlement,
         admission: AdmissionConfig,
         status_keep_s: float,
@@ -38,6 +40,7 @@ class Intake:
         self._ledger = term.ledger
         self._rng = rng
         self._attempts = attempts
+        self._placing = placing
         self._settlement = settlement
         self._admission = admission
         self._status_keep_s = status_keep_s
@@ -89,12 +92,18 @@ class Intake:
         if not self._term.store.has_room:
             reason = "the coordinator's task store is full; try again later"
             return self._refuse(submit, task_id, reason, now, on_topic=True)
+        deadline_at = FOREVER if submit.deadline_s is None else at + submit.deadline_s
+        if deadline_at < FOREVER and now >= self._attempts.stragglers_until:
+            # While a node has not told what it holds, it may hold this very task, acknowledged.
+            hopeless = self._placing.hopeless(submit, deadline_at, now)
+            if hopeless is not None:
+                return self._refuse(submit, task_id, hopeless, now, on_topic=True)
         task = Task(
             id=task_id,
             submit=submit,
             digest=digest,
             accepted_at=at,
-            deadline_at=FOREVER if submit.deadline_s is None else at + submit.deadline_s,
+            deadline_at=deadline_at,
             hold_at=now,
             is_recovered=at < now,
         )

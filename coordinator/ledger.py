@@ -33,6 +33,7 @@ class Ledger:
         self._agenda: list[tuple[float, TaskId]] = []
         self._settled: dict[TaskId, None] = {}  # in the order they were settled
         self._touched: dict[TaskId, None] = {}
+        self._moved: dict[TaskId, None] = {}
         self.counts: Counter[TaskState] = Counter()
         self.in_flight: Counter[NodeId] = Counter()
         """Attempts assigned to or running on each node."""
@@ -94,15 +95,22 @@ class Ledger:
         """Nothing is left to do for it and nobody will ask soon."""
         self._unindex(task)
         self._settled.pop(task.id, None)
+        self._moved[task.id] = None
         del self._tasks[task.id]
 
     def touch(self, task: Task) -> None:
         """Something about it changed: its next time must be found again."""
         self._touched[task.id] = None
+        self._moved[task.id] = None
 
     def take_touched(self) -> list[Task]:
         touched, self._touched = self._touched, {}
         return [self._tasks[task] for task in touched if task in self._tasks]
+
+    def take_moved(self) -> list[TaskId]:
+        """Tasks touched or dropped since last asked: whoever keeps books of its own compares them."""
+        moved, self._moved = self._moved, {}
+        return list(moved)
 
     def arm(self, task: Task, at: float) -> None:
         """Have ``due`` bring the task up at ``at`` or before."""

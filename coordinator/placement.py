@@ -1,69 +1,29 @@
-"""Which waiting task goes to which node now. Pure, deterministic, and behind the scheduler core.
-
-``least_loaded`` is the first policy: tasks in order of arrival, each to the node with the smallest share
-of its slots taken. Another policy is another function of the same shape.
-"""
+"""Who could do a task at all, and why nobody can now. Who gets it is ``coordinator.policy``'s to say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 
 from coordinator.cluster import Node, serves
-from mesh.ids import NodeId, TaskId
+from coordinator.policy.work import Needs, needs_of
+from mesh.ids import NodeId
 from mesh.messages import Submit
 
-__all__ = ["Placement", "Policy", "Waiting", "least_loaded", "listed", "why_waiting"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """A task that could start now."""
-
-    task: TaskId
-    submit: Submit
-    avoid: frozenset[NodeId] = frozenset()
-    """Nodes that refused or failed it a moment ago."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    task: TaskId
-    node: NodeId
-    reason: str
-
+__all__ = ["has_what_it_needs", "listed", "why_waiting"]
 
 _WORDS_OF_MAX = 3  # nodes quoted: each says up to 200 bytes
 _NAMES_MAX = 20
 
-Policy = Callable[[Iterable[Waiting], Sequence[Node], Mapping[NodeId, int]], list[Placement]]
-"""(waiting tasks in order, nodes, attempts that run on each node) -> what to start now."""
 
-
-def least_loaded(
-    waiting: Iterable[Waiting], nodes: Sequence[Node], in_flight: Mapping[NodeId, int]
-) -> list[Placement]:
-    """Ties go to the node with more slots, then to the one whose id sorts first.
-
-    Cost: one pass over the waiting tasks until no slot is free, times the nodes with a free slot.
-    """
-    free = {node.id: node for node in nodes if node.may_start and in_flight.get(node.id, 0) < node.slots}
-    taken = {node: in_flight.get(node, 0) for node in free}
-    placements: list[Placement] = []
-    for task in waiting:
-        if not free:
-            break
-        able = [node for node in free.values() if node.id not in task.avoid and _is_able(node, task.submit)]
-        if not able:
-            continue
-        best = min(able, key=lambda node: (taken[node.id] / node.slots, -node.slots, node.id))
-        placements.append(
-            Placement(task=task.task, node=best.id, reason=f"{taken[best.id]} of {best.slots} slots taken")
-        )
-        taken[best.id] += 1
-        if taken[best.id] >= best.slots:
-            del free[best.id]
-    return placements
+def has_what_it_needs(
+    node: NodeId, model: str | None, also_called: Iterable[str], adapters: Collection[str], needs: Needs
+) -> bool:
+    """Whether a node that serves ``model`` and ``adapters`` may run a task with these needs."""
+    return (
+        serves(model, needs.model, also_called)
+        and (needs.adapter is None or needs.adapter in adapters)
+        and (not needs.holders or node in needs.holders)
+    )
 
 
 def why_waiting(submit: Submit, nodes: Iterable[Node]) -> str | None:
@@ -104,9 +64,6 @@ def _id_of(node: Node) -> NodeId:
 
 def _is_able(node: Node, submit: Submit) -> bool:
     info = node.info
-    return (
-        info is not None
-        and serves(info.model, submit.model, info.also_called)
-        and (submit.adapter is None or submit.adapter in info.adapters)
-        and (submit.tune is None or not submit.tune.holders or node.id in submit.tune.holders)
+    return info is not None and has_what_it_needs(
+        node.id, info.model, info.also_called, info.adapters, needs_of(submit)
     )

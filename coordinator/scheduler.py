@@ -32,8 +32,13 @@ from coordinator.admission import AdmissionConfig
 from coordinator.attempts import Attempts, AttemptsConfig
 from coordinator.cluster import Cluster, Node
 from coordinator.copies import Copies, CopiesConfig
+from coordinator.explanations import Explanations
 from coordinator.intake import Intake
-from coordinator.placement import Policy, least_loaded
+from coordinator.placing import Placing
+from coordinator.policy.cost import CostModel, PredictionError
+from coordinator.policy.decisions import Why
+from coordinator.policy.dispatch import DispatchConfig
+from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.publish import announce, conclude, event
 from coordinator.recovery import Recalls
 from coordinator.settlement import Settlement, SettlementConfig
@@ -44,7 +49,7 @@ from coordinator.term import Term
 from mesh.agreement.fence import Fence
 from mesh.core import FOREVER, Effect, Fact, Message, Send
 from mesh.facts import Deposed, Elected, LinkUp, MemberChanged
-from mesh.ids import EPOCH_ZERO, Epoch, NodeId
+from mesh.ids import EPOCH_ZERO, Epoch, NodeId, TaskId
 from mesh.messages import (
     AttemptEnded,
     AttemptsRunning,
@@ -58,6 +63,7 @@ from mesh.messages import (
     OutcomeTaken,
     Refused,
     Submit,
+    TaskKind,
     TaskState,
     TaskStatus,
     Unacceptable,
@@ -81,6 +87,7 @@ class SchedulerConfig:
     """Tasks whose retained topics are sent again at once when the link comes back."""
     reply_again_s: float = 15.0
     """A reply sent so shortly before the link came back may have been lost with the old one."""
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     attempts: AttemptsConfig = field(default_factory=AttemptsConfig)
     copies: CopiesConfig = field(default_factory=CopiesConfig)
@@ -104,7 +111,7 @@ class Scheduler:
         store: RecordStore,
         rng: Random,
         config: SchedulerConfig | None = None,
-        policy: Policy = least_loaded,
+        policy: Policy = POLICIES[DEFAULT_POLICY],
     ) -> None:
         self._me = me
         self._fence = fence
@@ -112,6 +119,9 @@ class Scheduler:
         self._rng = rng
         self._config = config or SchedulerConfig()
         self._policy = policy
+        self._cost = CostModel()
+        self.explanations = Explanations()
+        """Why tasks were placed as they were; may tell of an earlier coordination of this node, too."""
         self._cluster = Cluster(me)
         self._copies = Copies(self._cluster, self._config.copies)
         self._buffer = SubmissionBuffer()
@@ -145,6 +155,18 @@ class Scheduler:
         tasks = sorted(self._ledger, key=lambda task: (task.accepted_at, task.id))
         return [status_of(task, self.epoch, now) for task in tasks]
 
+    def task(self, task: TaskId) -> Task | None:
+        """As the ledger has it: to be read only."""
+        return self._ledger.get(task)
+
+    def outlook(self, task: TaskId, now: float) -> Why | None:
+        """What the next decision about a waiting task would be made from."""
+        return self._placing.outlook(task, now)
+
+    def cost_errors(self) -> dict[TaskKind, PredictionError]:
+        """How far estimates were off, by kind; empty while following."""
+        return {} if self._mode is Mode.FOLLOWING else self._cost.errors()
+
     @property
     def wake_at(self) -> float:
         match self._mode:
@@ -154,7 +176,7 @@ class Scheduler:
                 return min(self._recover_until, self._recalls.wake_at)
             case Mode.ACTIVE:
                 times = (self._ledger.wake_at, self._recalls.wake_at, self._intake.wake_at)
-                return min(*times, self._stragglers_until)
+                return min(*times, self._stragglers_until, self._placing.wake_at)
 
     # ── the three entrances ─────────────────────────────────────────────────────────────────────────
 
@@ -216,13 +238,25 @@ class Scheduler:
         self._stragglers_until = FOREVER
         self._heard: list[tuple[NodeId, Inventory | AttemptEnded | AttemptsRunning]] = []
         self._settlement = Settlement(self._term, config.settlement)
+        self._placing = Placing(
+            ledger=self._ledger,
+            cluster=self._cluster,
+            policy=self._policy,
+            cost=self._cost,
+            config=config.dispatch,
+        )
         self._attempts = Attempts(
-            term=self._term, policy=self._policy, settle=self._settlement.settle, config=config.attempts
+            term=self._term,
+            placing=self._placing,
+            explanations=self.explanations,
+            settle=self._settlement.settle,
+            config=config.attempts,
         )
         self._intake = Intake(
             term=self._term,
             rng=self._rng,
             attempts=self._attempts,
+            placing=self._placing,
             settlement=self._settlement,
             admission=config.admission,
             status_keep_s=config.settlement.status_keep_s,

@@ -12,7 +12,7 @@ from random import Random
 
 from coordinator.facts import DrainChanged
 from coordinator.holder import Holder
-from coordinator.placement import Policy, least_loaded
+from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore
 from coordinator.worker import Worker, WorkerConfig
@@ -52,7 +52,7 @@ def build_cores(
     now: float,
     external: BrokerRef | None = None,
     may_host: bool = True,
-    policy: Policy = least_loaded,
+    policy: Policy = POLICIES[DEFAULT_POLICY],
     hosting: HostingConfig | None = None,
     membership: MembershipConfig | None = None,
     election: ElectionConfig | None = None,
@@ -65,7 +65,7 @@ def build_cores(
         me: This life's first state; its incarnation is durable and higher than any before.
         records: The journal's records by key.
         external: The site's own broker, if the operator named one: then none is hosted.
-        policy: Which node an attempt goes to.
+        policy: Which task goes to which node first, see ``coordinator.policy.policies``.
     """
     node = me.node
     seen = records.get(FENCE_KEY)

@@ -40,7 +40,7 @@ from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 
-__all__ = ["DispatchConfig", "Dispatcher"]
+__all__ = ["DispatchConfig", "Dispatcher", "hopeless_words"]
 
 _MATRIX_MAX: Final = 100_000
 """Pairs of a task and a node scored at once, 1 ms: above, tasks are placed in blocks, see ``ranks``."""
@@ -101,8 +101,9 @@ class Dispatcher:
     def nodes(self) -> frozenset[NodeId]:
         return frozenset(self._nodes.ids)
 
-    def is_waiting(self, task: TaskId) -> bool:
-        return task in self._jobs
+    def waiting(self, task: TaskId) -> Job | None:
+        """The task as it was added, if it waits."""
+        return self._jobs.get(task)
 
     def node_of(self, task: TaskId) -> NodeId | None:
         """Where the task runs; ``None`` if it does not."""
@@ -111,6 +112,35 @@ class Dispatcher:
     def why(self, task: TaskId) -> Why | None:
         """The numbers behind the last decision about the task."""
         return self._why.get(task)
+
+    def certain_s(self, job: Job) -> float:
+        """What the best node needs for a job that is not here, as far as it is certain."""
+        row = self._enter(job)
+        _, certain_s = fastest_s(self._jobs, self._nodes, row)
+        self._leave(job.task)
+        return certain_s
+
+    def outlook(self, task: TaskId, now: float) -> Why | None:
+        """What the next decision about a waiting task would be made from: where it could go and why it does
+        not. ``None`` if it does not wait."""
+        if task not in self._jobs:
+            return None
+        row = self._jobs.row(task)
+        job, best_s = self._jobs.jobs[row], float(self._jobs.column("best_s")[row])
+        is_virtual = job.deadline_at == FOREVER
+        return Why(
+            at=now,
+            policy=self.policy.name,
+            words=f"waits with {len(self._jobs) - 1} others; its best node needs {best_s:.1f} s",
+            score=-FOREVER,
+            density=job.value / best_s if best_s else FOREVER,
+            laxity_s=None if is_virtual else job.deadline_at - now - best_s,
+            cost_s=best_s,
+            service_s=best_s,
+            n_waiting=len(self._jobs) - 1,
+            candidates=candidates_of(self._jobs, self._nodes, self.cost, row, None, now),
+            n_candidates=len(self._nodes),
+        )
 
     @property
     def wake_at(self) -> float:

@@ -19,21 +19,21 @@ CANDIDATES_MAX: Final = 8
 
 
 def candidates_of(
-    jobs: JobTable, nodes: NodeTable, cost: CostModel, row: int, taken: int, now: float
+    jobs: JobTable, nodes: NodeTable, cost: CostModel, row: int, taken: int | None, now: float
 ) -> tuple[Candidate, ...]:
-    """The node taken and the next best, each with its estimate and why it was not taken."""
+    """The node taken, if any, and the next best, each with its estimate and why it was not taken."""
     job = jobs.jobs[row]
     finish_s = prices(jobs, nodes, np.array([row]), slice(None)).finish_s[0]
     others = [int(node) for node in np.argsort(finish_s, kind="stable") if node != taken]
     others.sort(key=lambda node: (finish_s[node], nodes.ids[node]))
     found = []
-    for node in [taken, *others][:CANDIDATES_MAX]:
+    for node in ([] if taken is None else [taken]) + others[: CANDIDATES_MAX - (taken is not None)]:
         view = nodes.view(node)
         rows = float(nodes.n_rows[node]) + 1
         estimate = cost.estimate(job.work, view.id, view.rates, reuse=nodes.reuse_of(job, node), rows=rows)
         why_not = None
         if node != taken:
-            ahead_s = float(finish_s[node] - finish_s[taken])
+            ahead_s = -1.0 if taken is None else float(finish_s[node] - finish_s[taken])
             why_not = _why_not(nodes, node, now, job.deadline_at, float(finish_s[node]), ahead_s)
         found.append(
             Candidate(node=view.id, service_s=estimate.service_s, why_not=why_not, parts=estimate.parts)
@@ -55,7 +55,7 @@ def _why_not(
         )
     if now + finish_s > deadline_at:
         return f"would end {now + finish_s - deadline_at:.1f} s too late"
-    return f"would end {ahead_s:.1f} s later" if ahead_s >= 0 else "refused it, or is kept for others"
+    return f"would end {ahead_s:.1f} s later" if ahead_s >= 0 else "others go first, or it refused"
 
 
 def sentence(why: Why, node: NodeId, after: Running | None) -> str:
