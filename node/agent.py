@@ -53,7 +53,7 @@ from mesh.journal import Journal
 from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeState, PeerHello
 from mesh.messages.node import ADAPTERS_MAX, ADDRESSES_MAX
 from mesh.packets import node_filters
-from mesh.topics import EVENT, PROGRESS, RESULT, STATUS, STREAM, access_list
+from mesh.topics import COSTS, EVENT, PROGRESS, RESULT, STATUS, STREAM, access_list
 from mesh.transport.bus import Heard
 from mesh.transport.discovery import Advert, Discovery, Gone, Sighting
 from mesh.transport.identity import MeshKey
@@ -163,7 +163,7 @@ class Agent:
             external=settings.broker,
         )
         # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
-        rows = [STATUS, STREAM, PROGRESS, RESULT, EVENT] if self.has_screen else []
+        rows = [STATUS, STREAM, PROGRESS, RESULT, EVENT, COSTS] if self.has_screen else []
         self.bus = MqttBus(
             mesh=settings.mesh,
             me=self.node,

@@ -21,17 +21,32 @@ from mesh.ids import NodeId, TaskId, new_boot
 from mesh.messages import (
     CancelTask,
     Drain,
+    ExplainTask,
     LeaseRecord,
     NodeState,
     PeerHello,
     Submit,
+    TaskExplanation,
     TaskProgress,
     TaskResult,
     TaskStatus,
     TaskTokens,
 )
 from mesh.packets import client_filters
-from mesh.topics import COORDINATOR, EVENT, INFO, METRICS, PROGRESS, RESULT, STATE, STATUS, STREAM, Topic
+from mesh.topics import (
+    COORDINATOR,
+    COSTS,
+    EVENT,
+    INFO,
+    METRICS,
+    PROGRESS,
+    RESULT,
+    STATE,
+    STATUS,
+    STREAM,
+    WHY,
+    Topic,
+)
 from mesh.transport.bus import Heard
 from mesh.transport.identity import Identity, MeshKey, wrong_key
 from mesh.transport.mqtt import MqttBus
@@ -46,6 +61,7 @@ __all__ = [
     "cancel_task",
     "connected",
     "drain_nodes",
+    "explain_task",
     "find_broker",
     "snapshot",
     "submit",
@@ -234,7 +250,7 @@ class MeshClient:
         """Why there is no link now, in words."""
         return self._bus.trouble
 
-    def publish(self, message: Submit | CancelTask | Drain, to: NodeId | None = None) -> None:
+    def publish(self, message: Submit | CancelTask | ExplainTask | Drain, to: NodeId | None = None) -> None:
         self._bus.publish(message, to=to)
 
     async def next(self, timeout_s: float) -> Heard | LinkUp | LinkDown | None:
@@ -413,9 +429,45 @@ async def cancel_task(
     return None
 
 
+EXPLAIN_ROWS = (WHY, COORDINATOR)
+"""What ``explain_task`` needs to hear."""
+
+
+async def explain_task(client: MeshClient, task: TaskId, timeout_s: float = 10.0) -> TaskExplanation:
+    """What the coordinator decided about the task, and why. Asks again until somebody answers.
+
+    Raises:
+        UnreachableError: Nobody does; the text says what is missing.
+    """
+    until = time.monotonic() + timeout_s
+    asked_at = 0.0
+    is_linked = client.is_linked
+    coordinator: NodeId | None = None
+    while (now := time.monotonic()) < until:
+        if is_linked and now >= asked_at:
+            client.publish(ExplainTask(task=task))
+            asked_at = now + ACK_EVERY_S
+        match await client.next(min(until, max(asked_at, now + 0.05)) - now):
+            case LinkUp():
+                is_linked = True
+            case LinkDown():
+                is_linked = False
+            case Heard(message=LeaseRecord() as lease):
+                coordinator = lease.node if lease.kind == "lease" else None
+            case Heard(message=TaskExplanation() as told) if told.task == task:
+                return told
+            case _:
+                pass
+    if not is_linked:
+        raise UnreachableError(f"no link to a broker: {client.trouble or 'it does not answer'}")
+    if coordinator is None:
+        raise UnreachableError("no node coordinates now: `edgemesh nodes` shows who is there")
+    raise UnreachableError(f"{coordinator} coordinates, but does not explain: it may run an older version")
+
+
 # ── looking ─────────────────────────────────────────────────────────────────────────────────────────
 
-VIEW_ROWS = (STATE, INFO, METRICS, COORDINATOR, STATUS, STREAM, PROGRESS, RESULT, EVENT)
+VIEW_ROWS = (STATE, INFO, METRICS, COORDINATOR, COSTS, STATUS, STREAM, PROGRESS, RESULT, EVENT)
 
 
 async def snapshot(settings: Settings, state: StateDir, seconds: float = 2.5) -> View:

@@ -1,4 +1,4 @@
-"""Look at the mesh: ``status``, ``nodes``, ``tasks``; and ``models`` on this device."""
+"""Look at the mesh: ``status``, ``nodes``, ``tasks``, ``task show``; and ``models`` on this device."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mesh.units import bytes_text
 from node.cli.options import REACH, Chosen, as_json, choose, settings_flags
 
 if TYPE_CHECKING:
+    from mesh.messages import TaskExplanation
     from node.faces.view import View
 
 __all__ = ["COMMANDS"]
@@ -73,6 +74,42 @@ def tasks(task: str | None, is_json: bool, watch: bool, **flags: Any) -> None:
         lambda view: [asdict(row) for row in chosen_rows(view)],
         lambda view: tasks_out(chosen_rows(view)),
     )  # fmt: skip
+
+
+@click.group()
+def task() -> None:
+    """One task: why it runs where it does."""
+
+
+@task.command("show")
+@click.argument("task")
+@as_json
+@settings_flags(*REACH)
+def task_show(task: str, is_json: bool, **flags: Any) -> None:
+    """Tell each decision about TASK with the numbers behind it.
+
+    Value density, slack, the nodes it might have gone to and why it did not; of a task that waits also what
+    it would be now. The coordinator keeps the newest decisions of the newest tasks in memory; those of an
+    earlier coordinator are gone with it.
+    """
+    from node.faces.console import explanation_out
+
+    chosen = choose(flags)
+    told = asyncio.run(_explain(chosen, task))
+    if is_json:
+        click.echo(json.dumps(_rounded(asdict(told) | {"epoch": str(told.epoch)})))
+    else:
+        explanation_out(told)
+
+
+async def _explain(chosen: Chosen, name: str) -> TaskExplanation:
+    from mesh.ids import TaskId, is_id
+    from node.client import EXPLAIN_ROWS, connected, explain_task
+
+    if not is_id(name):
+        raise ConfigError(f"{name!r} is no id of a task: `edgemesh tasks` lists those there are")
+    async with connected(chosen.settings, chosen.state, EXPLAIN_ROWS, task=TaskId(name)) as client:
+        return await explain_task(client, TaskId(name))
 
 
 def _look(
@@ -220,4 +257,4 @@ def _measure_speeds(directory: Path, home: Path) -> None:
         raise ConfigError(f"the formats could not be measured: {last}")
 
 
-COMMANDS = (status, nodes, tasks, models)
+COMMANDS = (status, nodes, tasks, task, models)

@@ -34,7 +34,7 @@ SECTIONS = (
     ("A node on this device", ("join", "drain", "leave")),
     ("Ask the mesh", ("run", "submit", "classify", "score", "embed", "tasks", "cancel")),
     ("Teach it", ("tune", "adapters")),
-    ("Look at it", ("status", "nodes", "models")),
+    ("Look at it", ("status", "nodes", "task", "models")),
     ("Invite others", ("token", "mqtt")),
     ("This program", ("config", "completion", "demo", "version")),
 )

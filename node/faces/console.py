@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from node.faces.tui import header, node_table, task_table
+from mesh.messages import TaskExplanation
+from node.faces.tui import error_line, header, node_table, printable, task_table
 from node.faces.view import NodeRow, TaskRow, View
+from node.faces.why import candidate_rows, head_line, nothing_line, number_line, verb_line
 
-__all__ = ["nodes_out", "status_out", "table_out", "tasks_out"]
+__all__ = ["explanation_out", "nodes_out", "status_out", "table_out", "tasks_out"]
 
 # A file or a pipe has no width: give every column room, so that grep and awk find whole words.
 PIPE_WIDTH = 240
@@ -39,6 +42,26 @@ def status_out(view: View) -> None:
     _put(*header(view, console.width), node_table(view.nodes, console.width))
     if view.tasks:
         _put("", task_table(view.tasks, console.width))
+    if view.prediction_errors:
+        _put("", error_line(view.prediction_errors))
+
+
+def explanation_out(told: TaskExplanation) -> None:
+    """What was decided about one task, the oldest decision first."""
+    _put(_line(head_line(told), "bold"))
+    if (nothing := nothing_line(told)) is not None:
+        _put(_line(nothing, "dim"))
+    for decision in told.decisions:
+        _put("", _line(verb_line(decision), "bold" if decision.verb == "wait" else ""))
+        if (numbers := number_line(decision)) is not None:
+            _put(_line(f"  {numbers}", ""))
+        if rows := candidate_rows(decision):
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+            for title in ("   ", "node", "takes", "of which", "why not"):
+                table.add_column(title, justify="right" if title == "takes" else "left")
+            for row in rows:
+                table.add_row(*(printable(cell) for cell in row))
+            _put(table)
 
 
 def nodes_out(nodes: Sequence[NodeRow]) -> None:
@@ -47,6 +70,12 @@ def nodes_out(nodes: Sequence[NodeRow]) -> None:
 
 def tasks_out(tasks: Sequence[TaskRow]) -> None:
     _put(task_table(tasks, _console().width))
+
+
+def _line(text: str, style: str) -> Text:
+    line = printable(text)
+    line.stylize(style)
+    return line
 
 
 def table_out(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

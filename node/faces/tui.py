@@ -29,12 +29,22 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mesh.messages import KindError
 from mesh.messages.task import TERMINAL_STATES
 from mesh.units import bytes_text, seconds_text
 from node.faces.tuning import bar, short_words
 from node.faces.view import EventRow, NodeRow, TaskRow, View
 
-__all__ = ["event_lines", "header", "node_table", "render", "screen", "task_table"]
+__all__ = [
+    "error_line",
+    "event_lines",
+    "header",
+    "node_table",
+    "printable",
+    "render",
+    "screen",
+    "task_table",
+]
 
 STATE_STYLE = {
     "online": "green",
@@ -178,7 +188,7 @@ class _Tail(Generic[Row]):
 
 def _table(columns: Sequence[_Column[Row]], tail: _Tail[Row], rows: Sequence[Row], width: int) -> Table:
     """A table of exactly ``width`` columns of terminal. The first column is the name and may be cut."""
-    cells = {column.title: [_printable(column.cell(row)) for row in rows] for column in columns}
+    cells = {column.title: [printable(column.cell(row)) for row in rows] for column in columns}
     natural = {
         column.title: max(
             [cell_len(column.title), column.width_min, *(c.cell_len for c in cells[column.title])]
@@ -220,7 +230,7 @@ def _table(columns: Sequence[_Column[Row]], tail: _Tail[Row], rows: Sequence[Row
     table.add_column(tail.title, width=tail_width, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(rows):
         table.add_row(
-            *(cells[column.title][number] for column in shown), _printable(tail.cell(row, tail_width))
+            *(cells[column.title][number] for column in shown), printable(tail.cell(row, tail_width))
         )
     return table
 
@@ -281,6 +291,13 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else format(value, form) + unit
 
 
+def _played(row: NodeRow) -> Text | str:
+    """Never left out: who compares nodes must see which one is not what it seems."""
+    if row.emulated_slowdown <= 1:
+        return "–"
+    return Text(f"÷{row.emulated_slowdown:g} (emulated)", style="magenta")
+
+
 def _runs(row: NodeRow) -> str:
     return "–" if row.running is None else f"{row.running}/{row.slots or 0}"
 
@@ -292,6 +309,7 @@ _NODE_COLUMNS: tuple[_Column[NodeRow], ...] = (
     _Column("model", lambda row: row.model or "–", rank=6),
     _Column("precision", lambda row: row.precision or "–", rank=8, is_optional=True),
     _Column("adapters", _adapters, rank=7, is_optional=True),
+    _Column("plays", _played, is_optional=True),
     _Column("cpu", lambda row: _number(row.cpu_percent, ".0f", " %"), rank=3, width_min=5, is_number=True),
     _Column("free memory", _memory, rank=9, is_number=True),
     _Column("temp", lambda row: _number(row.temperature_c, ".0f", " °C"), rank=10, is_number=True),
@@ -370,16 +388,22 @@ def event_lines(events: Sequence[EventRow]) -> list[Text]:
     for event in events:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{_age(event.age_s):>9}  ", style="dim")
-        line.append(_printable(" ".join(event.text.split())))
+        line.append(printable(" ".join(event.text.split())))
         lines.append(line)
     return lines
+
+
+def error_line(errors: Sequence[KindError]) -> Text:
+    """How far off the coordinator's predictions were lately, by kind of task."""
+    kinds = " · ".join(f"{error.kind} {error.p50:.0%} (of {error.n})" for error in errors)
+    return _line(f" half of the predicted times are off by at most: {kinds}", "")
 
 
 def _line(text: str, style: str) -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
-def _printable(text: Text | str) -> Text:
+def printable(text: Text | str) -> Text:
     """Without control characters: what a peer or a model says must not steer the terminal."""
     if isinstance(text, str):
         text = Text(text)

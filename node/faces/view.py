@@ -59,6 +59,10 @@ class NodeRow:
     temperature_c: float | None
     running: int | None
     tokens_per_s: float | None
+    rates: m.NodeRates | None
+    """How fast it works, by its own measure."""
+    emulated_slowdown: float
+    """Above 1 it plays a device that many times slower."""
     heard_s: float | None
     """Seconds since its last report."""
     addresses: tuple[str, ...]
@@ -109,6 +113,8 @@ class View:
     tasks: tuple[TaskRow, ...]
     events: tuple[EventRow, ...]
     """Oldest first."""
+    prediction_errors: tuple[m.KindError, ...] = ()
+    """How far off the coordinator's predictions of times were lately, by kind of task."""
 
 
 @dataclass(slots=True)
@@ -165,6 +171,7 @@ class ViewBuilder:
         self._nodes: dict[NodeId, _Node] = {}
         self._tasks: OrderedDict[TaskId, _Task] = OrderedDict()
         self._lease = _Lease()
+        self._costs: m.CostReport | None = None
         self._events: deque[tuple[float, str]] = deque(maxlen=EVENTS_MAX)
 
     # ── what happens ────────────────────────────────────────────────────────────────────────────────
@@ -199,6 +206,9 @@ class ViewBuilder:
                 self._on_result(message, now)
             case m.TaskForgotten():
                 self._tasks.pop(message.task, None)
+            case m.CostReport():
+                if self._costs is None or message.epoch >= self._costs.epoch:
+                    self._costs = message
             case m.TaskEvent():
                 self.event(message.text, now)
             case _:
@@ -242,6 +252,7 @@ class ViewBuilder:
             nodes=tuple(self._node_row(node, coordinator, now) for node in sorted(self._nodes)),
             tasks=tuple(_task_row(task, known, now) for task, known in self._tasks.items()),
             events=tuple(EventRow(age_s=now - at, text=text) for at, text in self._events),
+            prediction_errors=tuple(self._costs.errors) if self._costs else (),
         )
 
     def _node_row(self, node: NodeId, coordinator: NodeId | None, now: float) -> NodeRow:
@@ -275,6 +286,8 @@ class ViewBuilder:
             temperature_c=report.temperature_c if report else None,
             running=report.running if report else None,
             tokens_per_s=report.tokens_per_s if report else None,
+            rates=info.rates if info else None,
+            emulated_slowdown=info.rates.emulated_slowdown if info and info.rates else 1.0,
             heard_s=now - known.heard_at if report else None,
             addresses=tuple(info.addresses) if info else (),
             incarnation=known.state.incarnation if known.state else report.incarnation if report else 0,

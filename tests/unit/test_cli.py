@@ -162,6 +162,7 @@ def test_each_kind_of_failure_has_its_exit_code(error: Any, code: int) -> None:
         (["run", "hi", "--id", "a/b"], "id must be"),
         (["run", "x" * 300_000], "prompt must be at most"),
         (["cancel", "a/b"], "cannot be a task's id"),
+        (["task", "show", "a/b"], "no id of a task"),
         (["join", "--model", "nonsense"], "no model 'nonsense'"),
         (["join", "--broker", "broker.lan"], "mqtt[s]://"),
         (["join", "--code", "em1-home-zzzz"], "join code"),

@@ -176,3 +176,11 @@ def test_adapters_and_precision_of_each_node_are_shown_where_there_are_any() -> 
     assert "int8" in text and "spam, poet +3" in text
     for word in ("precision", "adapters"):
         assert word in text and word not in "\n".join(drawn(picture(), 170, 40))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_node_that_plays_a_slower_one_says_so_at_every_width(width: int) -> None:
+    view = picture()
+    played = replace(view.nodes[0], emulated_slowdown=4.0)
+    assert "÷4 (emulated)" in "\n".join(drawn(replace(view, nodes=(played, *view.nodes[1:])), width, 40))
+    assert "emulated" not in "\n".join(drawn(view, width, 40))

@@ -240,3 +240,32 @@ def test_precision_and_adapters_of_a_node_are_in_its_row() -> None:
     row = node_of(made.view(0.2))
     assert (row.precision, row.precision_reason) == ("int8", "fastest of those that fit")
     assert row.adapters == ("poet", "spam")
+
+
+def info(slowdown: float = 1.0) -> m.NodeInfo:
+    rates = m.NodeRates(
+        prefill_tokens_per_s=90.0, decode_tokens_per_s=9.0, row_cost=0.2, emulated_slowdown=slowdown
+    )
+    return m.NodeInfo(
+        node=PI, incarnation=1, hostname="pi", version="0.1.0", protocol_min=1, protocol_max=1, addresses=[],
+        port=1, system="Linux", device="cpu", n_cpus=4, memory_bytes=1, model="m", adapters=[], slots=2,
+        rates=rates,
+    )  # fmt: skip
+
+
+def test_a_node_shows_its_rates_and_that_it_plays_a_slower_one() -> None:
+    made = builder()
+    made.apply(state(), PI, 0.0)
+    assert (node_of(made.view(0.0)).rates, node_of(made.view(0.0)).emulated_slowdown) == (None, 1.0)
+    made.apply(info(4.0), PI, 0.0)
+    row = node_of(made.view(0.0))
+    assert row.rates == info(4.0).rates and row.emulated_slowdown == 4.0
+
+
+def test_prediction_errors_are_the_newest_coordinators() -> None:
+    made = builder()
+    assert made.view(0.0).prediction_errors == ()
+    for term, p50 in ((2, 0.2), (1, 0.9), (2, 0.3)):
+        errors = [m.KindError(kind="generate", p50=p50, n=5)]
+        made.apply(m.CostReport(epoch=Epoch(term, PI), errors=errors), PI, 0.0)
+    assert [error.p50 for error in made.view(0.0).prediction_errors] == [0.3]
