@@ -371,7 +371,9 @@ class Dispatcher:
         edges = np.flatnonzero(~is_tied) + 1
         for run in np.split(np.arange(len(order)), edges):
             if len(run) > 1:
-                order[run] = sorted(order[run], key=lambda index: self._jobs.tie_of(rows[index]))
+                order[run] = sorted(
+                    order[run].tolist(), key=lambda index: self._jobs.tie_of(int(rows[index]))
+                )
         return order
 
     def _first(self, scores: Floats) -> int | None:
@@ -420,7 +422,9 @@ class Dispatcher:
             why = replace(why, candidates=found, n_candidates=len(self._nodes), words=words)
         self._run(job, node, now, expected_s=why.service_s)
         self._note(job.task, why)
-        return Start(task=job.task, node=self._nodes.ids[node], why=why, after=after and after.job.task)
+        return Start(
+            task=job.task, node=self._nodes.ids[node], why=why, after=after.job.task if after else None
+        )
 
     # ── giving way ──────────────────────────────────────────────────────────────────────────────────
 

@@ -128,7 +128,8 @@ class JobTable:
 
     def _grow(self) -> None:
         self._capacity *= 2
-        for columns in (self._floats, self._ints):
-            for name, column in columns.items():
-                columns[name] = np.resize(column, self._capacity)  # type: ignore[assignment, index]
+        for name, floats in self._floats.items():
+            self._floats[name] = np.resize(floats, self._capacity)
+        for name, ints in self._ints.items():
+            self._ints[name] = np.resize(ints, self._capacity)
         self._amounts = np.concatenate([self._amounts, np.zeros_like(self._amounts)], axis=1)

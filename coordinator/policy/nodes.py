@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,13 +245,16 @@ def _n_sharing(slots: _Slots) -> int:
     return sum(not (r.is_pausing or r.is_paused or r.job.work.kind == "tune") for r in slots.running.values())
 
 
-def _wider(array: NDArray[np.generic]) -> NDArray[np.generic]:
+T = TypeVar("T", bound=np.generic)
+
+
+def _wider(array: NDArray[T]) -> NDArray[T]:
     """One more node."""
     shape = (*array.shape[:-1], 1)
     return np.concatenate([array, np.zeros(shape, array.dtype)], axis=-1)
 
 
-def _taller(array: NDArray[np.generic], n: int) -> NDArray[np.generic]:
+def _taller(array: NDArray[T], n: int) -> NDArray[T]:
     """At least ``n`` rows."""
     if array.shape[0] >= n:
         return array

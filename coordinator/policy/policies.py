@@ -153,4 +153,11 @@ def policy_named(text: str) -> Policy:
     if name not in POLICIES:
         rules = " ".join(f"+{rule} -{rule}" for rule in _RULES)
         raise ValueError(f"no policy {text!r}: there are {', '.join(POLICIES)}, each with {rules}")
-    return replace(POLICIES[name], name=text, **switches)
+    base = POLICIES[name]
+    return replace(
+        base,
+        name=text,
+        drop=switches.get("drop", base.drop),
+        chunk=switches.get("chunk", base.chunk),
+        preempt=switches.get("preempt", base.preempt),
+    )

@@ -65,7 +65,7 @@ class Pairs:
         columns = np.array([nodes.row(runner.node) for runner in runners])
         priced = prices(jobs, nodes, rows, columns, n_away=1)  # (k, r)
         deadline_in_s = (jobs.column("deadline_at")[rows] - now)[:, None]
-        mean = np.float64(mean_s)
+        mean = np.array(mean_s)
         ours = value_density(jobs.column("value")[rows][:, None], priced.finish_s) * slack_discount(
             deadline_in_s - priced.finish_s, mean, SLACK_K
         )
@@ -88,5 +88,5 @@ class Pairs:
 
     def of(self, row: int) -> Iterator[tuple[float, Running]]:
         """Runners the newcomer may go before, with the seconds it would take in each one's place."""
-        for index in np.flatnonzero(self._may[row]):
+        for index in map(int, np.flatnonzero(self._may[row])):
             yield float(self._finish_s[row][index]), self.runners[index]

@@ -35,8 +35,13 @@ class Rates:
     """``False``: a guess by the kind of device. Nothing is refused on the strength of a guess."""
 
     def __post_init__(self) -> None:
-        speeds = (self.prefill_tokens_per_s, self.decode_tokens_per_s)
-        speeds += (self.features_tokens_per_s, self.tune_tokens_per_s, self.emulated_slowdown)
+        speeds = (
+            self.prefill_tokens_per_s,
+            self.decode_tokens_per_s,
+            self.features_tokens_per_s,
+            self.tune_tokens_per_s,
+            self.emulated_slowdown,
+        )
         if not all(0 < speed < float("inf") for speed in speeds):
             raise ValueError(f"rates must be positive and finite, got {self}")
         if not (0 <= self.row_cost < float("inf") and 0 <= self.adapter_load_s < float("inf")):
