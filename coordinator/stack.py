@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
+from coordinator.explainer import Explainer
 from coordinator.facts import DrainChanged
 from coordinator.holder import Holder
 from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
@@ -80,7 +81,7 @@ def build_cores(
         Worker(me=node, fence=fence, store=store, now=now, config=worker),
     )
     return Cores(
-        stack=Stack([*parts, _Standing()]),
+        stack=Stack([*parts, Explainer(parts[3]), _Standing()]),
         hosting=parts[0],
         membership=parts[1],
         election=parts[2],

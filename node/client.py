@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import SystemRandom
 
 from mesh.errors import ConfigError, DecodeError, EdgemeshError, UnreachableError, WrongKeyError
@@ -429,7 +430,7 @@ async def cancel_task(
     return None
 
 
-EXPLAIN_ROWS = (WHY, COORDINATOR)
+EXPLAIN_ROWS = (WHY, COORDINATOR, STATUS)
 """What ``explain_task`` needs to hear."""
 
 
@@ -443,6 +444,7 @@ async def explain_task(client: MeshClient, task: TaskId, timeout_s: float = 10.0
     asked_at = 0.0
     is_linked = client.is_linked
     coordinator: NodeId | None = None
+    status: TaskStatus | None = None  # retained; of a task that was refused it is all there is
     while (now := time.monotonic()) < until:
         if is_linked and now >= asked_at:
             client.publish(ExplainTask(task=task))
@@ -454,8 +456,13 @@ async def explain_task(client: MeshClient, task: TaskId, timeout_s: float = 10.0
                 is_linked = False
             case Heard(message=LeaseRecord() as lease):
                 coordinator = lease.node if lease.kind == "lease" else None
+            case Heard(message=TaskStatus() as status) if status.task == task:
+                pass
             case Heard(message=TaskExplanation() as told) if told.task == task:
-                return told
+                if told.state is not None or status is None:
+                    return told
+                return replace(told, state=status.state, reason=status.reason, kind=status.kind,
+                               value=status.value, node=status.node, attempt=status.attempt)  # fmt: skip
             case _:
                 pass
     if not is_linked:

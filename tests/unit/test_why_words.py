@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mesh.ids import Epoch, NodeId, TaskId
@@ -65,6 +67,9 @@ def test_the_head_says_how_the_task_stands() -> None:
 def test_what_is_not_known_is_said_with_the_reason() -> None:
     unknown = TaskExplanation(task=T1, epoch=EPOCH, state=None)
     assert "not known to pi" in head_line(unknown) and "never submitted" in (nothing_line(unknown) or "")
+    refused = replace(unknown, state="rejected", reason="best node needs 12.3 s, 8.0 s left")
+    assert head_line(refused) == "t-1  rejected  best node needs 12.3 s, 8.0 s left"
+    assert "refused before" in (nothing_line(refused) or "")
     elsewhere = TaskExplanation(task=T1, epoch=EPOCH, state="running")
     assert "an earlier coordinator did" in (nothing_line(elsewhere) or "")
     many = TaskExplanation(task=T1, epoch=EPOCH, state="running", decisions=[START], n_decisions=9)
