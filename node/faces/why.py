@@ -40,6 +40,8 @@ def nothing_line(told: TaskExplanation) -> str | None:
         return f"({n_older} older decisions are no longer kept)" if n_older > 0 else None
     if told.state is None:
         return "It ended some time ago, was rejected before it was taken in, or was never submitted here."
+    if told.state == "rejected":
+        return "It was refused before it was taken in; no node was chosen."
     return (
         f"{told.epoch.node} has decided nothing about it: an earlier coordinator did, or it waits its turn."
     )
