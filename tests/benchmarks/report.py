@@ -34,6 +34,8 @@ class Options:
     train: Path | None = None
     """JSON lines ``{"text", "label"}`` to use instead of the benchmark's own data; ``test`` goes with it."""
     test: Path | None = None
+    seeds: int | None = None
+    """How many seeds, instead of the benchmark's own number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,17 @@ def main(
     parser.add_argument("--json", action="store_true", help="one JSON object per metric and line")
     parser.add_argument("--seed", type=int, default=1)
     if takes_files:
+        parser.add_argument("--seeds", type=int, metavar="N", help="instead of 3")
         parser.add_argument("--train", type=Path, metavar="FILE", help='JSON lines {"text", "label"}')
         parser.add_argument("--test", type=Path, metavar="FILE", help="the same, never trained on")
-    parser.set_defaults(train=None, test=None)
+    parser.set_defaults(train=None, test=None, seeds=None)
     arguments = parser.parse_args(argv)
     if (arguments.train is None) != (arguments.test is None):
         parser.error("--train and --test go together")
     logging.getLogger("mesh").setLevel(logging.ERROR)  # links that benchmarks break on purpose are no news
-    options = Options(arguments.quick, arguments.seed, arguments.train, arguments.test)
+    if arguments.seeds is not None and arguments.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    options = Options(arguments.quick, arguments.seed, arguments.train, arguments.test, arguments.seeds)
     metrics = []
     for metric in measure(options):
         metrics.append(metric)

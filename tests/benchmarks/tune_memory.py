@@ -1,6 +1,6 @@
 """One short training run in a process of its own; prints the most memory it ever held, in MB.
 
-python -m tests.benchmarks.tune_memory full|cached|cold|imports N_TRAIN STORE_DIR NUMERICS
+python -m tests.benchmarks.tune_memory full|cached|cold|imports N_TRAIN STORE_DIR NUMERICS PRECISION
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.benchmarks.full_lora import FullLora
 _TOP_LAYERS = 4
 
 
-def run(kind: str, n_train: int, store: Path, numerics: Numerics) -> None:
+def run(kind: str, n_train: int, store: Path, numerics: Numerics, precision: str) -> None:
     torch.set_num_threads(physical_cores())
     directory = prepared_model()
     split = load("r8", n_train=n_train, n_test=8)
@@ -29,7 +29,7 @@ def run(kind: str, n_train: int, store: Path, numerics: Numerics) -> None:
         list(FullLora(directory, split, rate=1e-3, n_epochs=1, seed=1).epochs(evaluates=False))
     elif kind in ("cached", "cold"):
         # As a node does that holds the top layers only, or the whole model and nothing cached.
-        bench = Bench(directory, numerics=numerics if kind == "cached" else None)
+        bench = Bench(directory, numerics=numerics if kind == "cached" else None, precision=precision)
         place = bench.store(store if kind == "cached" else None)
         list(bench.run(split, place, top_layers=_TOP_LAYERS, n_epochs=1, seed=1, evaluates=False))
 
@@ -47,5 +47,5 @@ def _peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Numerics(**json.loads(sys.argv[4])))
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Numerics(**json.loads(sys.argv[4])), sys.argv[5])
     print(_peak_mb())
