@@ -16,7 +16,8 @@ from coordinator.ledger import Ledger
 from coordinator.placement import has_what_it_needs
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Why
-from coordinator.policy.dispatch import DispatchConfig, Dispatcher, hopeless_words
+from coordinator.policy.dispatch import DispatchConfig, Dispatcher
+from coordinator.policy.explaining import hopeless_words
 from coordinator.policy.policies import Policy
 from coordinator.policy.rates import rates_of
 from coordinator.policy.work import Needs, Work, needs_of, work_of

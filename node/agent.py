@@ -29,6 +29,7 @@ from coordinator.facts import (
     StartAttempt,
     StopAttempt,
 )
+from coordinator.policy.policies import policy_named
 from coordinator.stack import Cores, build_cores
 from mesh.brokers.contract import BrokerSettings
 from mesh.core import Fact
@@ -161,6 +162,7 @@ class Agent:
             rng=rng,
             now=time.monotonic(),
             external=settings.broker,
+            policy=policy_named(settings.policy),
         )
         # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
         rows = [STATUS, STREAM, PROGRESS, RESULT, EVENT, COSTS] if self.has_screen else []

@@ -95,6 +95,8 @@ class Settings:
     feature_disk: int = 4_000_000_000
     slowdown: float = 1.0
     """1 = none."""
+    policy: str = "vdf"
+    """By which this node places tasks while it coordinates."""
     headless: bool = False
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -179,6 +181,12 @@ def _slowdown(value: Any) -> float:
     if not 1 <= slowdown <= SLOWDOWN_MAX:
         raise ValueError(f"must be a number from 1 (none) to {SLOWDOWN_MAX:g}, got {value!r}")
     return slowdown
+
+
+def _policy(value: Any) -> str:
+    from coordinator.policy.policies import policy_named  # brings numpy: not for every command
+
+    return policy_named(_text(value)).name
 
 
 def _size(value: Any) -> int:
@@ -330,6 +338,8 @@ TABLE: tuple[Setting, ...] = (
             help="Disk space for feature maps [default: 4GB]."),
     Setting(name="slowdown", parse=_slowdown, metavar="FACTOR",
             help="Play a device this many times slower (tests, demos); shown as emulated [default: 1]."),
+    Setting(name="policy", parse=_policy, metavar="NAME",
+            help="How tasks are placed while this node coordinates, such as edf+drop+chunk [default: vdf]."),
     Setting(name="headless", parse=_switch,
             help="Plain log lines even on a terminal."),
     Setting(name="log_format", parse=_one_of("text", "json"), metavar="text|json",

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import nextafter
+from math import floor, nextafter
 from typing import Final
 
 import numpy as np
@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Pause, Resume, Start, Why
 from coordinator.policy.density import Floats
-from coordinator.policy.explaining import candidates_of, sentence
+from coordinator.policy.explaining import candidates_of, hopeless_words, sentence
 from coordinator.policy.jobs import JobTable
-from coordinator.policy.looking import Look, look, ranks
+from coordinator.policy.looking import Look, look
 from coordinator.policy.nodes import NodeTable, Running
+from coordinator.policy.ordering import PAIRS_MAX, blocks, column_for, first_of, in_order
 from coordinator.policy.policies import Policy
 from coordinator.policy.preempting import Pairs
 from coordinator.policy.pricing import fastest_s
@@ -40,10 +41,8 @@ from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 
-__all__ = ["DispatchConfig", "Dispatcher", "hopeless_words"]
+__all__ = ["DispatchConfig", "Dispatcher"]
 
-_MATRIX_MAX: Final = 100_000
-"""Pairs of a task and a node scored at once, 1 ms: above, tasks are placed in blocks, see ``ranks``."""
 _TUNE: Final = KINDS.index("tune")
 
 
@@ -72,14 +71,12 @@ class Dispatcher:
         self._nodes = NodeTable(cost)
         self._runs_on: dict[TaskId, NodeId] = {}
         self._hopeless: list[tuple[float, TaskId]] = []
-        self._yielding: set[TaskId] = set()
-        """Tuning that runs in chunks."""
+        self._yielding: dict[TaskId, float] = {}
+        """Tuning that runs in chunks -> when it is next compared with who waits."""
         self._paused: dict[NodeId, TaskId] = {}
         """Generation that stands still; at most one on a node, so that a pause ends soon."""
         self._newcomers: list[TaskId] = []
         """Added since the last decision."""
-        self._contest_at = FOREVER
-        """When running chunks are compared with who waits again."""
         self._mean_s = 1.0
         """Mean cost of the waiting tasks when last looked at."""
         self._why: OrderedDict[TaskId, Why] = OrderedDict()
@@ -146,7 +143,8 @@ class Dispatcher:
     def wake_at(self) -> float:
         """When ``decide`` has something to do though nothing happens: a task is hopeless, a chunk ends."""
         hopeless_at = self._hopeless[0][0] if self._hopeless else FOREVER
-        return min(hopeless_at, self._contest_at if self._yielding and len(self._jobs) else FOREVER)
+        contest_at = min(self._yielding.values(), default=FOREVER) if len(self._jobs) else FOREVER
+        return min(hopeless_at, contest_at)
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,7 +204,7 @@ class Dispatcher:
                 running.job.work,
                 node,
                 self._nodes.view(row).rates,
-                replace(observed, rows=max(observed.rows, rows)),
+                observed if observed.rows >= rows else replace(observed, rows=rows),
                 reuse=running.reuse,
                 predicted_s=running.expected_s,
             )
@@ -291,7 +289,8 @@ class Dispatcher:
         if len(open_nodes) == 1:
             return self._fill_one(now, open_nodes)
         started: list[Start] = []
-        for rows, seen in self._blocks(now, open_nodes):
+        for rows, seen in blocks(self.policy, self._jobs, self._nodes, now, open_nodes):
+            self._mean_s = float(seen.scene.mean_s.mean())
             started += self._place(rows, seen, now)
             if not self._nodes.has_room[open_nodes].any():
                 break
@@ -302,12 +301,12 @@ class Dispatcher:
     def _place(self, rows: NDArray[np.intp], seen: Look, now: float) -> list[Start]:
         """Start the tasks ``rows`` in the order of their scores while there are nodes for them."""
         started: list[Start] = []
-        order = self._in_order(seen.scores.max(axis=1), rows)
+        order = in_order(self._jobs, seen.scores.max(axis=1), rows)
         at = 0
         while at < len(order):
             index = int(order[at])
             at += 1
-            column = self._column_for(seen, index)
+            column = column_for(self._nodes, seen, index, self.policy.place)
             if column is None:  # it fitted only nodes that are full by now; perhaps many others did, too
                 order, at = order[at:], 0
                 order = order[(seen.scores[order] > -np.inf).any(axis=1)]
@@ -327,7 +326,7 @@ class Dispatcher:
             seen = look(self.policy, self._jobs, self._nodes, now, columns=open_nodes)
             self._mean_s = float(seen.scene.mean_s[0])
             scores = seen.scores[:, 0]
-            row = self._first(scores)
+            row = first_of(self._jobs, scores)
             if row is None:
                 break
             start = self._start(row, seen, row, 0, now)
@@ -335,68 +334,10 @@ class Dispatcher:
             started.append(start)
         return started
 
-    def _blocks(self, now: float, open_nodes: NDArray[np.intp]) -> Iterator[tuple[NDArray[np.intp], Look]]:
-        """Waiting tasks, all at once or, if that is too many pairs, in blocks from the first to the last."""
-        n = len(self._jobs)
-        if n * len(open_nodes) <= _MATRIX_MAX:
-            seen = look(self.policy, self._jobs, self._nodes, now, columns=open_nodes)
-            self._mean_s = float(seen.scene.mean_s.mean())
-            yield np.arange(n), seen
-            return
-        first = ranks(self.policy, self._jobs, self._nodes, now)
-        order = self._in_order(first, np.arange(n))
-        size = max(1, _MATRIX_MAX // len(open_nodes))
-        mean_s: Floats | None = None
-        for at in range(0, len(order), size):
-            rows = order[at : at + size]
-            seen = look(
-                self.policy, self._jobs, self._nodes, now, rows=rows, columns=open_nodes, mean_s=mean_s
-            )
-            mean_s = seen.scene.mean_s
-            yield rows, seen
-
     def _look_at(
         self, rows: NDArray[np.intp], now: float, columns: NDArray[np.intp], mean_s: Floats | None = None
     ) -> Look:
         return look(self.policy, self._jobs, self._nodes, now, rows=rows, columns=columns, mean_s=mean_s)
-
-    def _in_order(self, best: Floats, rows: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Indexes of tasks that may start, the highest score first."""
-        able = np.flatnonzero(best > -np.inf)
-        order = able[np.argsort(-best[able], kind="stable")]
-        sorted_best = best[order]
-        is_tied = sorted_best[1:] == sorted_best[:-1]
-        if not is_tied.any():
-            return order
-        edges = np.flatnonzero(~is_tied) + 1
-        for run in np.split(np.arange(len(order)), edges):
-            if len(run) > 1:
-                order[run] = sorted(
-                    order[run].tolist(), key=lambda index: self._jobs.tie_of(int(rows[index]))
-                )
-        return order
-
-    def _first(self, scores: Floats) -> int | None:
-        """The row with the highest score; ``None`` if none may start."""
-        best = scores.max()
-        if best == -np.inf:
-            return None
-        ties = np.flatnonzero(scores == best)
-        return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=self._jobs.tie_of)
-
-    def _column_for(self, seen: Look, index: int) -> int | None:
-        """Which of the open nodes the task goes to; ties go to the first by id."""
-        scores = seen.scores[index]
-        keys = seen.finish_s[index] if self.policy.place == "first_end" else -scores
-        keys = np.where(scores > -np.inf, keys, np.inf)
-        column = int(keys.argmin())
-        best = keys[column]
-        if best == np.inf:
-            return None
-        ties = np.flatnonzero(keys == best)
-        if len(ties) == 1:
-            return column
-        return min(map(int, ties), key=lambda column: self._nodes.ids[seen.scene.open_nodes[column]])
 
     def _start(
         self, row: int, seen: Look, index: int, column: int, now: float, *, after: Running | None = None
@@ -429,35 +370,42 @@ class Dispatcher:
     # ── giving way ──────────────────────────────────────────────────────────────────────────────────
 
     def _end_chunks(self, now: float) -> list[Decision]:
-        """Tuning on a full node gives way to what scores higher, at the end of its chunk."""
-        if not self._newcomers and now < self._contest_at:
-            return []
-        self._contest_at = now + self._config.chunk_s
+        """Tuning on a full node gives way to what scores higher, at the end of its chunk.
+
+        Compared just before each end, so nobody waits for more than one chunk.
+        """
         decisions: list[Decision] = []
-        for task in sorted(self._yielding):
+        for task in sorted(task for task, at in self._yielding.items() if at <= now):
             row = self._nodes.row(self._runs_on[task])
             runner = self._nodes.running(row)[task]
+            self._yielding[task] = self._chunk_end(runner, now)
             if not self._nodes.has_room[row] and not runner.is_pausing and len(self._jobs):
                 decisions += self._contest(runner, row, now)
         return decisions
+
+    def _chunk_end(self, runner: Running, now: float) -> float:
+        """Just before the end of the chunk after the one that ends now."""
+        chunk_s, margin_s = self._config.chunk_s, self._config.chunk_s / 1000
+        n_ended = floor((now + 1.5 * margin_s - runner.started_at) / chunk_s)
+        return runner.started_at + (n_ended + 1) * chunk_s - margin_s
 
     def _contest(self, runner: Running, row: int, now: float) -> list[Decision]:
         """Score the runner among who waits, as if its chunk were over."""
         runner.is_pausing = True
         self._nodes.change(row, now)
-        own = self._enter(replace(runner.job, work=runner.job.work.left(runner.left_share(now))))
+        own = self._enter(runner.job)
+        self._jobs.keep_left(own, runner.left_share(now))
         seen = look(
             self.policy,
             self._jobs,
             self._nodes,
             now,
             columns=np.array([row]),
-            wait_s=self._config.chunk_s,
         )
         scores = seen.scores[:, 0]
         least = scores[own]
         may = (scores > least) & (self._jobs.numbers("kind") != _TUNE)
-        first = self._first(np.where(may, scores, -np.inf)) if may.any() else None
+        first = first_of(self._jobs, np.where(may, scores, -np.inf)) if may.any() else None
         self._leave(runner.job.task)  # the last row: no other row moves
         if first is None:
             runner.is_pausing = False
@@ -510,7 +458,7 @@ class Dispatcher:
         is_eligible = (self._jobs.numbers("kind")[rows] != _TUNE) & (
             self._jobs.column("patience_s")[rows] == np.inf
         )
-        rows = rows[is_eligible][: max(1, _MATRIX_MAX // len(runners))]
+        rows = rows[is_eligible][: max(1, PAIRS_MAX // len(runners))]
         return Pairs.found(
             self._jobs, self._nodes, rows, runners, now, mean_s=self._mean_s, ratio=self._config.preempt_ratio
         )
@@ -544,13 +492,12 @@ class Dispatcher:
         self._nodes.start(row, Running(job, node, now, expected_s, reuse, 0.0), now)
         self._runs_on[job.task] = node
         if job.work.kind == "tune" and self.policy.chunk and not view.tunes_beside:
-            self._yielding.add(job.task)
-            self._contest_at = min(self._contest_at, now + self._config.chunk_s)
+            self._yielding[job.task] = self._chunk_end(self._nodes.running(row)[job.task], now)
 
     def _stops(self, task: TaskId) -> NodeId:
         """The task runs no longer; where it did."""
         node = self._runs_on.pop(task)
-        self._yielding.discard(task)
+        self._yielding.pop(task, None)
         if self._paused.get(node) == task:
             del self._paused[node]
         return node
@@ -589,10 +536,3 @@ class Dispatcher:
         if len(self._hopeless) > 2 * len(self._jobs) + 64:
             self._hopeless = [entry for entry in self._hopeless if entry[1] in self._jobs]
             heapq.heapify(self._hopeless)
-
-
-def hopeless_words(best_s: float, left_s: float) -> str:
-    """Why a task is rejected."""
-    if left_s <= 0:
-        return "its deadline passed before it could start"
-    return f"best node needs {best_s:.1f} s, {left_s:.1f} s left"

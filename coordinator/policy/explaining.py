@@ -13,7 +13,7 @@ from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.pricing import prices
 from mesh.ids import NodeId
 
-__all__ = ["candidates_of", "sentence"]
+__all__ = ["candidates_of", "hopeless_words", "sentence"]
 
 CANDIDATES_MAX: Final = 8
 
@@ -64,3 +64,10 @@ def sentence(why: Why, node: NodeId, after: Running | None) -> str:
     order = f"first of {why.n_waiting + 1} by {why.policy}" if why.n_waiting else "nothing else waits"
     words = f"on {node}: {why.service_s:.1f} s expected, {spare}, value density {why.density:.3g}/s, {order}"
     return words if after is None else f"{words}; {after.job.task} gives way"
+
+
+def hopeless_words(best_s: float, left_s: float) -> str:
+    """Why a task is rejected."""
+    if left_s <= 0:
+        return "its deadline passed before it could start"
+    return f"best node needs {best_s:.1f} s, {left_s:.1f} s left"

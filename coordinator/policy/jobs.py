@@ -21,6 +21,8 @@ __all__ = ["JobTable"]
 
 _FLOATS = ("value", "deadline_at", "arrived_at", "patience_s", "best_s")
 _INTS = ("kind", "needs", "reuse")
+_ANSWERS = [PARTS.index("decode"), PARTS.index("tune")]
+_FEATURES = PARTS.index("features")
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 
 
@@ -98,6 +100,12 @@ class JobTable:
         if job.deadline_at == FOREVER:
             self._floats["patience_s"][row] = patience_s
             self._floats["deadline_at"][row] = job.arrived_at + patience_s
+
+    def keep_left(self, row: int, share: float) -> None:
+        """Only this share of the row's answer and training is left, see ``Work.left``."""
+        self._amounts[_ANSWERS, row] *= share
+        if share < 1:
+            self._amounts[_FEATURES, row] = 0.0
 
     def remove(self, task: TaskId) -> tuple[Job, int, int]:
         """Take a row out; the job, its needs' and its reuse's numbers come back."""

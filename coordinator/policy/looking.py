@@ -59,7 +59,7 @@ def look(
     priced = prices(jobs, nodes, rows, columns)
     if wait_s:
         priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
-    mean_s = priced.cost_s.mean(axis=0) if mean_s is None else np.atleast_1d(mean_s)
+    mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
     scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s)
     scores = np.where(_allowed(policy, jobs, nodes, rows, scene, priced), policy.score(scene), -np.inf)
     return Look(scene, scores, priced.cost_s, priced.finish_s)
@@ -71,9 +71,14 @@ def ranks(policy: Policy, jobs: JobTable, nodes: NodeTable, now: float) -> Float
     best_s = jobs.column("best_s")[:, None]
     priced = Prices(best_s, best_s, np.ones((1, 1), np.bool_))
     nowhere = np.zeros(0, np.intp)
-    scene = _scene(jobs, nodes, now, _EVERYTHING, nowhere, priced, best_s.mean(axis=0))
+    scene = _scene(jobs, nodes, now, _EVERYTHING, nowhere, priced, _mean(best_s))
     scores = policy.score(scene)[:, 0]
     return scores if policy.keeps is None else np.where(policy.keeps(scene), scores, -np.inf)
+
+
+def _mean(cost_s: Floats) -> Floats:
+    """Over tasks, by node; ``ndarray.mean`` takes thrice as long on short columns."""
+    return np.add.reduce(cost_s, axis=0) / len(cost_s)
 
 
 def _scene(
@@ -113,7 +118,7 @@ def _allowed(
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
         is_in_time = scene.finish_s <= left_s
-        if not priced.is_known.all():
+        if not nodes.knows_everything:
             is_in_time |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
             is_in_time |= scene.is_virtual[:, None]

@@ -63,6 +63,8 @@ class _Slots:
     warm: OrderedDict[str, None] = field(default_factory=OrderedDict)
     row_seconds: float = 0.0
     counted_at: float = 0.0
+    n_sharing: int = 0
+    """Attempts that share steps now."""
 
 
 class NodeTable:
@@ -219,30 +221,30 @@ class NodeTable:
         self._count(row)
 
     def _integrate(self, slots: _Slots, now: float) -> None:
-        slots.row_seconds += _n_sharing(slots) * max(0.0, now - slots.counted_at)
+        slots.row_seconds += slots.n_sharing * max(0.0, now - slots.counted_at)
         slots.counted_at = max(now, slots.counted_at)
 
     def _count(self, row: int) -> None:
         slots = self._slots[row]
         view = slots.view
-        taken = [r for r in slots.running.values() if not (r.is_pausing or r.is_paused)]
-        n_tunes = sum(r.job.work.kind == "tune" for r in taken)
-        n = len(taken)
+        n = n_tunes = 0
+        free_at = FOREVER
+        for running in slots.running.values():
+            if not (running.is_pausing or running.is_paused):
+                n += 1
+                n_tunes += running.job.work.kind == "tune"
+                free_at = min(free_at, running.started_at + running.stood_s + running.expected_s)
+        slots.n_sharing = n - n_tunes
         self.n_rows[row] = n - n_tunes
         room = view.is_ready and n < view.slots
         self.has_room[row] = room
         self.has_tune_room[row] = room and n_tunes < view.tunes_max
-        ends = (r.started_at + r.stood_s + r.expected_s for r in taken)
-        self.free_at[row] = -FOREVER if room else min(ends, default=FOREVER)
+        self.free_at[row] = -FOREVER if room else free_at
 
     def _set_warm(self, name: str, row: int, share: float) -> None:
         number = self.reuses.get(name)
         if number is not None:
             self.warm[number, row] = share
-
-
-def _n_sharing(slots: _Slots) -> int:
-    return sum(not (r.is_pausing or r.is_paused or r.job.work.kind == "tune") for r in slots.running.values())
 
 
 T = TypeVar("T", bound=np.generic)

@@ -50,6 +50,8 @@ def prices(
     Args:
         n_away: So many of the attempts that run on each node stand still.
     """
+    if not alone and not isinstance(columns, slice) and len(columns) == 1:
+        return _prices_on_one(jobs, nodes, rows, int(columns[0]), n_away)
     amounts, unit_s = jobs.amounts[:, rows], nodes.unit_s[:, columns]
     kinds = jobs.numbers("kind")[rows]
     decode = amounts[_DECODE][:, None] * unit_s[_DECODE]
@@ -75,6 +77,34 @@ def prices(
         finish_s = np.where(nodes.has[:, columns][jobs.numbers("needs")[rows]], finish_s, np.inf)
     is_known = _CERTAIN if nodes.knows_everything else nodes.is_known[:, columns][kinds]
     return Prices(cost_s, finish_s, is_known)
+
+
+def _prices_on_one(jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_away: int) -> Prices:
+    """``prices`` on one node, the common case, in half the time; the same numbers to the last bit."""
+    amounts, kinds = jobs.amounts[:, rows], jobs.numbers("kind")[rows]
+    unit_s: list[float] = nodes.unit_s[:, node].tolist()
+    decode = amounts[_DECODE] * unit_s[_DECODE]
+    fixed = amounts[_PREFILL] * unit_s[_PREFILL]
+    if jobs.n_tunes:
+        fixed = fixed + amounts[_TUNE] * unit_s[_TUNE]
+    if jobs.n_spared:
+        first, second = _SPARED
+        spared = amounts[first] * unit_s[first] + amounts[second] * unit_s[second]
+        fixed = fixed + spared * (1.0 - nodes.warm[:, node][jobs.numbers("reuse")[rows]])
+    correction = nodes.corrections[:, node][kinds]
+    n_others = max(float(nodes.n_rows[node]) - n_away, 0.0)
+    row_cost = float(nodes.row_cost[node])
+    finish_s = np.maximum((fixed + decode * (1.0 + n_others * row_cost)) * correction, _LEAST_S)
+    cost_s = finish_s
+    if n_others > 0:
+        cost_s = np.maximum((fixed + decode * row_cost) * correction, _LEAST_S)
+    if not nodes.has_everything:
+        finish_s = np.where(nodes.has[:, node][jobs.numbers("needs")[rows]], finish_s, np.inf)
+    is_known = _CERTAIN if nodes.knows_everything else nodes.is_known[:, node][kinds][:, None]
+    if cost_s is finish_s:
+        cost_s = finish_s = finish_s[:, None]
+        return Prices(cost_s, finish_s, is_known)
+    return Prices(cost_s[:, None], finish_s[:, None], is_known)
 
 
 def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]:

@@ -61,7 +61,8 @@ def test_every_setting_can_be_set_by_each_source() -> None:
         "mesh": "lab", "code": "em1-x", "new": True, "name": "pi", "seeds": ["a:1", "b"], "broker": "mqtt://b",
         "broker_kind": "amqtt", "interfaces": ["eth0"], "port": 1, "plain": True, "plain_port": 2,
         "compute": False, "model": "echo", "precision": "int8", "threads": 3, "adapter_memory": "1MB",
-        "feature_memory": "512MiB", "feature_disk": 4_000_000, "slowdown": 2.5, "headless": True,
+        "feature_memory": "512MiB", "feature_disk": 4_000_000, "slowdown": 2.5, "policy": "edf+drop",
+        "headless": True,
         "log_format": "json", "log_level": "debug", "state_dir": "/s",
     }  # fmt: skip
     assert set(values) == {row.name for row in TABLE}
@@ -115,6 +116,7 @@ def test_a_misspelt_name_is_refused_and_the_nearest_is_shown() -> None:
         ("threads", 0, "threads from 1"),
         ("threads", "two", "threads from 1"),
         ("slowdown", 0.5, "from 1"),
+        ("policy", "best", "no policy 'best': there are vdf, "),
         ("slowdown", "very", "from 1"),
         ("slowdown", True, "from 1"),
         ("slowdown", "nan", "from 1"),

@@ -1,0 +1,78 @@
+"""In which order tasks are placed and where each goes, once all are scored. Ties are broken by rule here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.policy.density import Floats
+from coordinator.policy.jobs import JobTable
+from coordinator.policy.looking import Look, look, ranks
+from coordinator.policy.nodes import NodeTable
+from coordinator.policy.policies import Policy
+
+__all__ = ["PAIRS_MAX", "blocks", "column_for", "first_of", "in_order"]
+
+PAIRS_MAX: Final = 100_000
+"""Pairs of a task and a node scored at once, about 1 ms; more are taken in blocks."""
+
+
+def blocks(
+    policy: Policy, jobs: JobTable, nodes: NodeTable, now: float, open_nodes: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.intp], Look]]:
+    """Rows of waiting tasks with their scores: all at once or, if that is too many pairs, in blocks from the
+    first to the last by ``ranks``."""
+    n = len(jobs)
+    if n * len(open_nodes) <= PAIRS_MAX:
+        yield np.arange(n), look(policy, jobs, nodes, now, columns=open_nodes)
+        return
+    order = in_order(jobs, ranks(policy, jobs, nodes, now), np.arange(n))
+    size = max(1, PAIRS_MAX // len(open_nodes))
+    mean_s: Floats | None = None
+    for at in range(0, len(order), size):
+        rows = order[at : at + size]
+        seen = look(policy, jobs, nodes, now, rows=rows, columns=open_nodes, mean_s=mean_s)
+        mean_s = seen.scene.mean_s
+        yield rows, seen
+
+
+def in_order(jobs: JobTable, best: Floats, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Indexes of ``rows`` that may start (``best`` above ``-inf``), the highest score first."""
+    able = np.flatnonzero(best > -np.inf)
+    order = able[np.argsort(-best[able], kind="stable")]
+    sorted_best = best[order]
+    is_tied = sorted_best[1:] == sorted_best[:-1]
+    if not is_tied.any():
+        return order
+    edges = np.flatnonzero(~is_tied) + 1
+    for run in np.split(np.arange(len(order)), edges):
+        if len(run) > 1:
+            order[run] = sorted(order[run].tolist(), key=lambda index: jobs.tie_of(int(rows[index])))
+    return order
+
+
+def first_of(jobs: JobTable, scores: Floats) -> int | None:
+    """The row with the highest score; ``None`` if none may start."""
+    best = scores.max()
+    if best == -np.inf:
+        return None
+    ties = np.flatnonzero(scores == best)
+    return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=jobs.tie_of)
+
+
+def column_for(nodes: NodeTable, seen: Look, index: int, place: Literal["first_end", "score"]) -> int | None:
+    """Which of the open nodes a task goes to; ties go to the first by id."""
+    scores = seen.scores[index]
+    keys = seen.finish_s[index] if place == "first_end" else -scores
+    keys = np.where(scores > -np.inf, keys, np.inf)
+    column = int(keys.argmin())
+    best = keys[column]
+    if best == np.inf:
+        return None
+    ties = np.flatnonzero(keys == best)
+    if len(ties) == 1:
+        return column
+    return min(map(int, ties), key=lambda column: nodes.ids[seen.scene.open_nodes[column]])
