@@ -47,7 +47,7 @@ class Letters:
 
     ends = frozenset({2})
 
-    def encode(self, submit: Submit) -> list[int]:
+    def encode(self, submit: Submit, *, completes: bool = False) -> list[int]:
         assert submit.prompt is not None
         return self.plain(submit.prompt)
 

@@ -166,7 +166,7 @@ class ModelEngine:
         submit = run.submit
         if submit.kind != "generate":
             return Texts(run, adapter, self._tokens, self._backbone, self._clock)
-        ids = self._tokens.encode(submit)
+        ids = self._tokens.encode(submit, completes=adapter is not None and adapter.completes)
         if len(ids) + submit.max_tokens > self.context_tokens:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {submit.max_tokens}; "

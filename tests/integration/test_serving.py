@@ -22,7 +22,7 @@ from node.compute.model_engine import ModelEngine, Tokens
 from tests.reference.made_adapters import VOCABULARY, peft_logits
 from tests.serving_world import INVOCATION, Letters, World, drive, run_of
 from tests.tiny import tiny_llama
-from tests.tuning import class_lines
+from tests.tuning import class_lines, completion_lines
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +271,22 @@ def test_a_tuned_adapter_answers_at_once_and_others_went_on_meanwhile(tuned: Mod
         tuned, {"c": {"kind": "classify", "texts": ["w1 w1 w1 w5", "w2 w2 w2"], "adapter": "fresh"}}
     )
     assert found["c"].output is not None and found["c"].output.classes == ["class 0", "class 1", "class 2"]
+
+
+def test_an_adapter_that_learned_completions_sees_the_prompt_as_it_learned_it(tuned: ModelEngine) -> None:
+    data = completion_lines()
+    prompt = json.loads(data.splitlines()[0])["prompt"]
+    learned = drive(tuned, {"t": tune("goes-on", task="complete", data=data, epochs=1)})["t"]
+    assert learned.state == "done", learned.reason
+    ends = drive(
+        tuned,
+        {
+            "chat": {"prompt": prompt, "max_tokens": 1},
+            "plain": {"prompt": prompt, "max_tokens": 1, "adapter": "goes-on"},
+        },
+    )
+    assert ends["plain"].n_prompt_tokens == len(prompt.split())
+    assert ends["chat"].n_prompt_tokens > len(prompt.split()), "a question to the model is a chat message"
 
 
 def test_a_second_tuning_task_waits_for_the_first_and_both_are_done(tuned: ModelEngine) -> None:

@@ -84,6 +84,7 @@ def load_adapter(
         n_layers=facts.n_layers,
         head=head,
         invocation=_invocation(config, facts, directory),
+        completes=card is not None and card.task == "complete",
     )
 
 

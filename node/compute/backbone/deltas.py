@@ -128,6 +128,8 @@ class Adapter:
     head: ClassHead | None = None
     invocation: tuple[int, ...] | None = None
     """Tokens from which on an activated LoRA applies; ``None``: it always does."""
+    completes: bool = False
+    """It learned to go on from plain prompts, so a prompt for it is no message in a chat."""
 
     def active_from(self, prompt: Sequence[int]) -> int:
         """The first position of ``prompt`` the adapter applies to, as PEFT has it: where its invocation

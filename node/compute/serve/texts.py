@@ -61,7 +61,8 @@ class Texts:
         n_before = 0
         if self._kind == "score":
             asks = submit.prompt is not None or bool(submit.messages)
-            before = tokens.encode(submit) if asks else tokens.beginning()
+            completes = adapter is not None and adapter.completes
+            before = tokens.encode(submit, completes=completes) if asks else tokens.beginning()
             n_before = len(before)
             self._ids = [before + tokens.continuation(text) for text in submit.texts]
         else:

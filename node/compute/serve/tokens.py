@@ -18,7 +18,7 @@ class Tokens:
     """The model's tokenizer, chat template and end tokens.
 
     A ``prompt`` is one user message to a model that has a chat template, because that is what a question is;
-    to a model without one it is text to go on from. Texts to score, classify or embed are taken as they are.
+    to a model without one, and to an adapter that learned completions, it is text to go on from. Texts to score, classify or embed are taken as they are.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -27,13 +27,13 @@ class Tokens:
         )
         self.ends: frozenset[int] = _end_tokens(directory, self._tokenizer)
 
-    def encode(self, submit: Submit) -> list[int]:
-        """The prompt as the model shall see it.
+    def encode(self, submit: Submit, *, completes: bool = False) -> list[int]:
+        """The prompt as the model shall see it; ``completes``: by an adapter that goes on from plain prompts.
 
         Raises:
             ValueError: The chat template does not take these messages; the text says why.
         """
-        if submit.prompt is not None and not self._tokenizer.chat_template:
+        if submit.prompt is not None and (completes or not self._tokenizer.chat_template):
             return self.plain(submit.prompt)
         messages = [{"role": message.role, "content": message.content} for message in submit.messages]
         if submit.prompt is not None:
