@@ -18,7 +18,8 @@ class Tokens:
     """The model's tokenizer, chat template and end tokens.
 
     A ``prompt`` is one user message to a model that has a chat template, because that is what a question is;
-    to a model without one, and to an adapter that learned completions, it is text to go on from. Texts to score, classify or embed are taken as they are.
+    to a model without one, and to an adapter that learned completions, it is text to go on from. Texts to
+    score, classify or embed are taken as they are.
     """
 
     def __init__(self, directory: Path) -> None:
