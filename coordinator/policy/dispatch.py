@@ -31,12 +31,13 @@ from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Pause, R
 from coordinator.policy.density import Floats
 from coordinator.policy.explaining import candidates_of, hopeless_words, sentence
 from coordinator.policy.jobs import JobTable
-from coordinator.policy.looking import Look, look
+from coordinator.policy.looking import Look, look, overview
 from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.ordering import PAIRS_MAX, blocks, column_for, first_of, in_order
-from coordinator.policy.policies import Policy
+from coordinator.policy.policies import Policy, vdf_plain
 from coordinator.policy.preempting import Pairs
 from coordinator.policy.pricing import fastest_s
+from coordinator.policy.recent import RecentTasks
 from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
@@ -68,7 +69,10 @@ class Dispatcher:
         self.cost = cost
         self._config = config or DispatchConfig()
         self._jobs = JobTable()
-        self._nodes = NodeTable(cost)
+        self._nodes = NodeTable(cost, chunk_s=self._config.chunk_s if policy.chunk else FOREVER)
+        self._recent = RecentTasks()
+        self._filling = replace(policy, score=vdf_plain, keeps=None)
+        """How nodes are used that ``policy`` would leave idle."""
         self._runs_on: dict[TaskId, NodeId] = {}
         self._hopeless: list[tuple[float, TaskId]] = []
         self._yielding: dict[TaskId, float] = {}
@@ -175,6 +179,7 @@ class Dispatcher:
             heapq.heappush(self._hopeless, (job.deadline_at - certain_s, job.task))
             self._tidy()
         self._newcomers.append(job.task)
+        self._recent.add(job, best_s)
 
     def withdraw(self, task: TaskId, now: float) -> None:
         """Forget the task, whatever it does."""
@@ -237,9 +242,13 @@ class Dispatcher:
         if self._paused:
             decisions += self._resume(now)
         if len(self._jobs):
-            decisions += self._fill(now)
-            if self._yielding and self.policy.chunk:
-                decisions += self._end_chunks(now)
+            due = [task for task, at in self._yielding.items() if at <= now]
+            if due or self._nodes.has_room.any():
+                self._select(now)
+                decisions += self._fill(now, self.policy)
+                if self.policy.fill and len(self._jobs):
+                    decisions += self._fill(now, self._filling)
+                decisions += self._end_chunks(sorted(due), now)
             if self._newcomers and self.policy.preempt:
                 decisions += self._preempt(now)
         self._newcomers.clear()
@@ -281,24 +290,30 @@ class Dispatcher:
 
     # ── starting ────────────────────────────────────────────────────────────────────────────────────
 
-    def _fill(self, now: float) -> list[Decision]:
+    def _select(self, now: float) -> None:
+        """Ask the policy which of the waiting tasks may start at all."""
+        if self.policy.keeps is not None:
+            scene = overview(self._jobs, self._nodes, now, self._recent)
+            self._jobs.kept[:] = self.policy.keeps(scene)
+
+    def _fill(self, now: float, policy: Policy) -> list[Decision]:
         """Start what can start on nodes with room."""
         open_nodes = np.flatnonzero(self._nodes.has_room)
         if not len(open_nodes):
             return []
         if len(open_nodes) == 1:
-            return self._fill_one(now, open_nodes)
+            return self._fill_one(now, policy, open_nodes)
         started: list[Start] = []
-        for rows, seen in blocks(self.policy, self._jobs, self._nodes, now, open_nodes):
+        for rows, seen in blocks(policy, self._jobs, self._nodes, now, self._recent, open_nodes):
             self._mean_s = float(seen.scene.mean_s.mean())
-            started += self._place(rows, seen, now)
+            started += self._place(rows, seen, now, policy)
             if not self._nodes.has_room[open_nodes].any():
                 break
         for start in started:
             self._leave(start.task)
         return list[Decision](started)
 
-    def _place(self, rows: NDArray[np.intp], seen: Look, now: float) -> list[Start]:
+    def _place(self, rows: NDArray[np.intp], seen: Look, now: float, policy: Policy) -> list[Start]:
         """Start the tasks ``rows`` in the order of their scores while there are nodes for them."""
         started: list[Start] = []
         order = in_order(self._jobs, seen.scores.max(axis=1), rows)
@@ -306,7 +321,7 @@ class Dispatcher:
         while at < len(order):
             index = int(order[at])
             at += 1
-            column = column_for(self._nodes, seen, index, self.policy.place)
+            column = column_for(self._nodes, seen, index, policy.place)
             if column is None:  # it fitted only nodes that are full by now; perhaps many others did, too
                 order, at = order[at:], 0
                 order = order[(seen.scores[order] > -np.inf).any(axis=1)]
@@ -314,16 +329,16 @@ class Dispatcher:
             started.append(self._start(int(rows[index]), seen, index, column, now))
             node = seen.scene.open_nodes[column : column + 1]
             if self._nodes.has_room[node[0]]:  # the next one joins what has just started
-                seen.renew(column, self._look_at(rows, now, node, seen.scene.mean_s[column]))
+                seen.renew(column, self._look_at(policy, rows, now, node, seen.scene.mean_s[column]))
             else:
                 seen.scores[:, column] = -np.inf
         return started
 
-    def _fill_one(self, now: float, open_nodes: NDArray[np.intp]) -> list[Decision]:
+    def _fill_one(self, now: float, policy: Policy, open_nodes: NDArray[np.intp]) -> list[Decision]:
         """The common case: one node has room."""
         started: list[Decision] = []
         while len(self._jobs) and self._nodes.has_room[open_nodes[0]]:
-            seen = look(self.policy, self._jobs, self._nodes, now, columns=open_nodes)
+            seen = look(policy, self._jobs, self._nodes, now, self._recent, columns=open_nodes)
             self._mean_s = float(seen.scene.mean_s[0])
             scores = seen.scores[:, 0]
             row = first_of(self._jobs, scores)
@@ -335,9 +350,16 @@ class Dispatcher:
         return started
 
     def _look_at(
-        self, rows: NDArray[np.intp], now: float, columns: NDArray[np.intp], mean_s: Floats | None = None
+        self,
+        policy: Policy,
+        rows: NDArray[np.intp],
+        now: float,
+        columns: NDArray[np.intp],
+        mean_s: Floats | None = None,
     ) -> Look:
-        return look(self.policy, self._jobs, self._nodes, now, rows=rows, columns=columns, mean_s=mean_s)
+        return look(
+            policy, self._jobs, self._nodes, now, self._recent, rows=rows, columns=columns, mean_s=mean_s
+        )
 
     def _start(
         self, row: int, seen: Look, index: int, column: int, now: float, *, after: Running | None = None
@@ -369,13 +391,13 @@ class Dispatcher:
 
     # ── giving way ──────────────────────────────────────────────────────────────────────────────────
 
-    def _end_chunks(self, now: float) -> list[Decision]:
+    def _end_chunks(self, tasks: list[TaskId], now: float) -> list[Decision]:
         """Tuning on a full node gives way to what scores higher, at the end of its chunk.
 
         Compared just before each end, so nobody waits for more than one chunk.
         """
         decisions: list[Decision] = []
-        for task in sorted(task for task, at in self._yielding.items() if at <= now):
+        for task in tasks:
             row = self._nodes.row(self._runs_on[task])
             runner = self._nodes.running(row)[task]
             self._yielding[task] = self._chunk_end(runner, now)
@@ -395,13 +417,7 @@ class Dispatcher:
         self._nodes.change(row, now)
         own = self._enter(runner.job)
         self._jobs.keep_left(own, runner.left_share(now))
-        seen = look(
-            self.policy,
-            self._jobs,
-            self._nodes,
-            now,
-            columns=np.array([row]),
-        )
+        seen = look(self.policy, self._jobs, self._nodes, now, self._recent, columns=np.array([row]))
         scores = seen.scores[:, 0]
         least = scores[own]
         may = (scores > least) & (self._jobs.numbers("kind") != _TUNE)
@@ -469,7 +485,7 @@ class Dispatcher:
         self._paused[runner.node] = runner.job.task
         self._nodes.change(node, now)
         row = self._jobs.row(task)
-        seen = self._look_at(np.array([row]), now, np.array([node]))
+        seen = self._look_at(self.policy, np.array([row]), now, np.array([node]))
         words = f"waits between two tokens for {task} of twice its density, and still ends in time"
         pause = Pause(task=runner.job.task, node=runner.node, why=self._why_runner(runner, words, now))
         return [pause, self._start(row, seen, 0, 0, now, after=runner)]

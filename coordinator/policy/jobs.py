@@ -34,6 +34,7 @@ class JobTable:
         self._floats = {name: np.zeros(self._capacity) for name in _FLOATS}
         self._ints = {name: np.zeros(self._capacity, np.intp) for name in _INTS}
         self._amounts = np.zeros((len(PARTS), self._capacity))
+        self._kept = np.ones(self._capacity, np.bool_)
         self.jobs: list[Job] = []
         """By row."""
         self._row: dict[TaskId, int] = {}
@@ -65,6 +66,11 @@ class JobTable:
         return self._ints[name][: len(self.jobs)]
 
     @property
+    def kept(self) -> NDArray[np.bool_]:
+        """(n,) What the policy last let start, see ``Policy.keeps``; new rows are let."""
+        return self._kept[: len(self.jobs)]
+
+    @property
     def amounts(self) -> Floats:
         """(parts, n)"""
         return self._amounts[:, : len(self.jobs)]
@@ -91,6 +97,7 @@ class JobTable:
         ints["needs"][row] = needs
         ints["reuse"][row] = reuse
         self._amounts[:, row] = amounts_of(job.work)
+        self._kept[row] = True
         return row
 
     def rate(self, row: int, best_s: float, patience_s: float) -> None:
@@ -117,7 +124,7 @@ class JobTable:
         if row != last:
             self.jobs[row] = self.jobs[last]
             self._row[self.jobs[row].task] = row
-            for column in (*self._floats.values(), *self._ints.values()):
+            for column in (*self._floats.values(), *self._ints.values(), self._kept):
                 column[row] = column[last]
             self._amounts[:, row] = self._amounts[:, last]
         self.jobs.pop()
@@ -140,4 +147,5 @@ class JobTable:
             self._floats[name] = np.resize(floats, self._capacity)
         for name, ints in self._ints.items():
             self._ints[name] = np.resize(ints, self._capacity)
+        self._kept = np.resize(self._kept, self._capacity)
         self._amounts = np.concatenate([self._amounts, np.zeros_like(self._amounts)], axis=1)

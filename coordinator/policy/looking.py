@@ -12,9 +12,10 @@ from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.policies import Policy, Scene
 from coordinator.policy.pricing import Prices, Rows, prices
+from coordinator.policy.recent import RecentTasks
 from coordinator.policy.work import KINDS
 
-__all__ = ["Look", "look", "ranks"]
+__all__ = ["Look", "look", "overview"]
 
 _TUNE = KINDS.index("tune")
 _EVERYTHING = slice(None)
@@ -44,6 +45,7 @@ def look(
     jobs: JobTable,
     nodes: NodeTable,
     now: float,
+    recent: RecentTasks,
     *,
     rows: Rows = _EVERYTHING,
     columns: NDArray[np.intp],
@@ -60,25 +62,22 @@ def look(
     if wait_s:
         priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
     mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
-    scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s)
+    scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s, recent)
     scores = np.where(_allowed(policy, jobs, nodes, rows, scene, priced), policy.score(scene), -np.inf)
     return Look(scene, scores, priced.cost_s, priced.finish_s)
 
 
-def ranks(policy: Policy, jobs: JobTable, nodes: NodeTable, now: float) -> Floats:
-    """(n,) The policy's score of every task on its best node alone: the order in which many tasks are placed
-    on many nodes. ``-inf``: must not start."""
+def overview(jobs: JobTable, nodes: NodeTable, now: float, recent: RecentTasks) -> Scene:
+    """All waiting tasks, each on its best node alone: n rows, one column that is no node's."""
     best_s = jobs.column("best_s")[:, None]
     priced = Prices(best_s, best_s, np.ones((1, 1), np.bool_))
-    nowhere = np.zeros(0, np.intp)
-    scene = _scene(jobs, nodes, now, _EVERYTHING, nowhere, priced, _mean(best_s))
-    scores = policy.score(scene)[:, 0]
-    return scores if policy.keeps is None else np.where(policy.keeps(scene), scores, -np.inf)
+    return _scene(jobs, nodes, now, _EVERYTHING, np.zeros(0, np.intp), priced, _mean(best_s), recent)
 
 
 def _mean(cost_s: Floats) -> Floats:
     """Over tasks, by node; ``ndarray.mean`` takes thrice as long on short columns."""
-    return np.add.reduce(cost_s, axis=0) / len(cost_s)
+    mean_s: Floats = np.add.reduce(cost_s, axis=0) / len(cost_s)
+    return mean_s
 
 
 def _scene(
@@ -89,6 +88,7 @@ def _scene(
     columns: NDArray[np.intp],
     priced: Prices,
     mean_s: Floats,
+    recent: RecentTasks,
 ) -> Scene:
     deadline_at, patience_s = jobs.column("deadline_at")[rows], jobs.column("patience_s")[rows]
     value = jobs.column("value")[rows]
@@ -105,7 +105,9 @@ def _scene(
         mean_s=mean_s,
         best_s=jobs.column("best_s")[rows],
         open_nodes=columns,
-        room_in_s=lambda: np.maximum(nodes.free_at - now, 0.0),
+        room_in_s=lambda: nodes.room_in_s(now),
+        capacity=lambda: nodes.capacity(_mean(jobs.amounts.T)),
+        recent=recent.arrays,
         all_finish_s=lambda: prices(jobs, nodes, rows, _EVERYTHING, alone=True).finish_s,
     )
 
@@ -117,14 +119,14 @@ def _allowed(
     allowed: NDArray[np.bool_] = (scene.finish_s < np.inf) & nodes.has_room[scene.open_nodes]
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
-        is_in_time = scene.finish_s <= left_s
+        is_in_time = scene.finish_s * policy.margin <= left_s
         if not nodes.knows_everything:
             is_in_time |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
             is_in_time |= scene.is_virtual[:, None]
         allowed &= is_in_time
-    if policy.keeps is not None and isinstance(rows, slice):
-        allowed &= policy.keeps(scene)[:, None]
+    if policy.keeps is not None:
+        allowed &= jobs.kept[rows][:, None]
     if jobs.n_tunes and not nodes.has_tune_room[scene.open_nodes].all():
         is_tune = jobs.numbers("kind")[rows] == _TUNE
         allowed &= ~is_tune[:, None] | nodes.has_tune_room[scene.open_nodes]

@@ -23,6 +23,7 @@ __all__ = ["NodeTable", "Running"]
 
 _WARM_MAX = 16
 """Adapters or sets of features a node is believed to have from earlier work: the latest."""
+_LEAST_S = 1e-6
 _LEFT_LEAST = 0.05
 """An attempt that overran its prediction is nearly done, as far as anybody knows."""
 
@@ -70,8 +71,10 @@ class _Slots:
 class NodeTable:
     """Shapes: with M nodes, every column is (M,)."""
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, cost: CostModel, *, chunk_s: float = FOREVER) -> None:
         self._cost = cost
+        self._chunk_s = chunk_s
+        """After how long running tuning gives way; ``FOREVER``: it does not."""
         self.ids: list[NodeId] = []
         self._row: dict[NodeId, int] = {}
         self._slots: list[_Slots] = []
@@ -85,6 +88,8 @@ class NodeTable:
         self.has_tune_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.free_at: Floats = np.zeros(0)
         """When the next slot is expected to be free; -inf with room."""
+        self.n_yielding: Floats = np.zeros(0)
+        """Tuning tasks that give way at the end of a chunk."""
         self.needs: Keys[Needs] = Keys()
         self.reuses: Keys[str] = Keys()
         self.has: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
@@ -122,7 +127,7 @@ class NodeTable:
             self._slots.append(_Slots(view))
             for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm"):
                 setattr(self, name, _wider(getattr(self, name)))
-            for name in ("has_room", "has_tune_room", "free_at"):
+            for name in ("has_room", "has_tune_room", "free_at", "n_yielding"):
                 setattr(self, name, _wider(getattr(self, name)))
         elif self._slots[row].view == view:
             return False
@@ -146,7 +151,7 @@ class NodeTable:
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
-        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at"):
+        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at", "n_yielding"):
             setattr(self, name, np.delete(getattr(self, name), row))
         self._row = {name: at for at, name in enumerate(self.ids)}
         self._look_over()
@@ -240,6 +245,26 @@ class NodeTable:
         self.has_room[row] = room
         self.has_tune_room[row] = room and n_tunes < view.tunes_max
         self.free_at[row] = -FOREVER if room else free_at
+        self.n_yielding[row] = 0 if view.tunes_beside else n_tunes
+
+    def room_in_s(self, now: float) -> Floats:
+        """(M,) Seconds until each node is expected to have room."""
+        room_in_s = np.maximum(self.free_at - now, 0.0)
+        return np.where(self.n_yielding > 0, np.minimum(room_in_s, self._chunk_s), room_in_s)
+
+    def capacity(self, amounts: Floats) -> Floats:
+        """(M,) Work done per second against the fastest node with one task alone; 0 for a node not ready.
+
+        Args:
+            amounts: (parts,) Of the tasks that there are, on average: nodes differ in what they are fast at.
+        """
+        if not self.ids:
+            return np.zeros(0)
+        alone_s = np.maximum(amounts @ self.unit_s * self.corrections[0], _LEAST_S)
+        slots = np.array([slots.view.slots if slots.view.is_ready else 0 for slots in self._slots])
+        together = slots / (1.0 + np.maximum(slots - 1, 0) * self.row_cost)
+        capacity: Floats = alone_s.min() / alone_s * together
+        return capacity
 
     def _set_warm(self, name: str, row: int, share: float) -> None:
         number = self.reuses.get(name)

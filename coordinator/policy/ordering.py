@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from coordinator.policy.density import Floats
 from coordinator.policy.jobs import JobTable
-from coordinator.policy.looking import Look, look, ranks
+from coordinator.policy.looking import Look, look, overview
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.policies import Policy
+from coordinator.policy.recent import RecentTasks
 
 __all__ = ["PAIRS_MAX", "blocks", "column_for", "first_of", "in_order"]
 
@@ -21,20 +22,26 @@ PAIRS_MAX: Final = 100_000
 
 
 def blocks(
-    policy: Policy, jobs: JobTable, nodes: NodeTable, now: float, open_nodes: NDArray[np.intp]
+    policy: Policy,
+    jobs: JobTable,
+    nodes: NodeTable,
+    now: float,
+    recent: RecentTasks,
+    open_nodes: NDArray[np.intp],
 ) -> Iterator[tuple[NDArray[np.intp], Look]]:
-    """Rows of waiting tasks with their scores: all at once or, if that is too many pairs, in blocks from the
-    first to the last by ``ranks``."""
+    """Rows of waiting tasks with their scores: all at once or, if that is too many pairs, in blocks, from the
+    first to the last by their scores on their best nodes."""
     n = len(jobs)
     if n * len(open_nodes) <= PAIRS_MAX:
-        yield np.arange(n), look(policy, jobs, nodes, now, columns=open_nodes)
+        yield np.arange(n), look(policy, jobs, nodes, now, recent, columns=open_nodes)
         return
-    order = in_order(jobs, ranks(policy, jobs, nodes, now), np.arange(n))
+    ranks = policy.score(overview(jobs, nodes, now, recent))[:, 0]
+    order = in_order(jobs, ranks, np.arange(n))
     size = max(1, PAIRS_MAX // len(open_nodes))
     mean_s: Floats | None = None
-    for at in range(0, len(order), size):
+    for at in range(0, n, size):
         rows = order[at : at + size]
-        seen = look(policy, jobs, nodes, now, rows=rows, columns=open_nodes, mean_s=mean_s)
+        seen = look(policy, jobs, nodes, now, recent, rows=rows, columns=open_nodes, mean_s=mean_s)
         mean_s = seen.scene.mean_s
         yield rows, seen
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from coordinator.policy.density import Floats, laxity_s, slack_discount, value_density
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "Policy", "Scene", "policy_named"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "Policy", "Recent", "Scene", "policy_named"]
 
 Bools = NDArray[np.bool_]
 
@@ -47,7 +47,12 @@ class Scene:
     open_nodes: NDArray[np.intp]
     """(m,) Which of the M nodes have room."""
     room_in_s: Callable[[], Floats]
-    """() -> (M,): seconds until each node is expected to have room; 0 with room now."""
+    """() -> (M,): seconds until each node is expected to have room; 0 with room now. Tuning that gives way
+    counts for one chunk."""
+    capacity: Callable[[], Floats]
+    """() -> (M,): work done per second, the fastest node with one task alone doing 1; 0 if not ready."""
+    recent: Callable[[], Recent]
+    """() -> the last tasks that came, whatever became of them: what is likely to come next."""
     all_finish_s: Callable[[], Floats]
     """() -> (n, M): ``finish_s`` on every node as if it were idle. Costs n * M: asked for when needed."""
 
@@ -55,6 +60,17 @@ class Scene:
     def laxity_s(self) -> Floats:
         """(n, m) Seconds to spare if started now on the node."""
         return laxity_s(self.deadline_at[:, None], self.now, self.finish_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recent:
+    """The last tasks with a deadline, oldest first; every array is (h,)."""
+
+    arrived_at: Floats
+    deadline_at: Floats
+    value: Floats
+    best_s: Floats
+    """As estimated when the task came."""
 
 
 Score = Callable[[Scene], Floats]
@@ -73,7 +89,13 @@ class Policy:
     preempt: bool = False
     """Running generation gives way between tokens to at least twice its density."""
     keeps: Callable[[Scene], Bools] | None = None
-    """(n,) Which tasks may start at all now; the rest wait. For policies that select before they order."""
+    """(n,) Which tasks may start at all now; the rest wait. For policies that select before they order. Asked
+    once a decision about all waiting tasks, with (n, 1) costs: on the best node, alone."""
+    fill: bool = False
+    """What ``keeps`` refuses starts, by value density, where a node would be idle otherwise."""
+    margin: float = 1.0
+    """With ``drop``: starts only where ``margin`` times the estimate ends in time. What is estimated to end
+    just in time is late half of the time."""
     place: Literal["first_end", "score"] = "first_end"
     """The node of a task among those with room: where it ends first, or where it scores highest."""
 
