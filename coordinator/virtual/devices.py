@@ -27,7 +27,7 @@ from mesh.core import FOREVER
 from mesh.errors import ConfigError
 from mesh.ids import NodeId, is_id
 
-__all__ = ["DEVICES", "UNIT", "NodeSpec", "nodes_of_speeds", "parse_nodes", "read_mesh"]
+__all__ = ["DEVICES", "UNIT", "NodeSpec", "nodes_of_speeds", "parse_nodes", "read_mesh", "together"]
 
 NODES_MAX = 1000
 SPEED_MAX = 10_000.0
@@ -150,6 +150,21 @@ def read_mesh(text: str, name: str) -> tuple[NodeSpec, ...]:
         return _checked(nodes)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def together(nodes: Sequence[NodeSpec], more: Sequence[NodeSpec]) -> tuple[NodeSpec, ...]:
+    """A mesh and more nodes; names that are taken get a suffix.
+
+    Raises:
+        ConfigError: They are too many.
+    """
+    taken = {node.id for node in nodes}
+    return _checked(
+        [
+            *nodes,
+            *(replace(node, id=NodeId(f"{node.id}-added")) if node.id in taken else node for node in more),
+        ]
+    )
 
 
 _OWN_RATES = tuple(one.name for one in fields(Rates) if one.name not in ("emulated_slowdown", "is_measured"))

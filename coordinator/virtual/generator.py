@@ -23,7 +23,7 @@ _TASKS_MAX = 10_000_000
 class GeneratorSpec:
     """What to draw; every field is a key of ``edgemesh sim --generate``."""
 
-    tasks: int = 5000
+    tasks: int = 2000
     rate: float = 5.5
     """Arrivals a second; a load factor stretches or squeezes the times afterwards."""
     burstiness: float = 1.2

@@ -30,7 +30,8 @@ class Cell:
     """One policy on one mesh at one load, over the seeds."""
 
     mesh: str
-    load: float
+    load: float | None
+    """``None``: tasks come when the trace says."""
     policy: str
     runs: tuple[RunMetrics, ...]
 
@@ -48,7 +49,8 @@ class Study:
     meshes: Mapping[str, Sequence[NodeSpec]]
     """By name. Loads are those of the first: the others get the same tasks at the same times."""
     policies: Sequence[Policy]
-    loads: Sequence[float]
+    loads: Sequence[float | None]
+    """``None`` keeps the times of the source."""
     seeds: Sequence[int]
     failover_every_s: float | None = None
 
@@ -75,5 +77,6 @@ class Study:
                     )
                     yield Cell(mesh=mesh, load=load, policy=policy.name, runs=runs)
 
-    def _tasks(self, seed: int, load: float, reference: Sequence[NodeSpec]) -> list[VirtualTask]:
-        return at_load(tasks_of(self.source(seed), self.mix, seed), reference, load)
+    def _tasks(self, seed: int, load: float | None, reference: Sequence[NodeSpec]) -> list[VirtualTask]:
+        tasks = tasks_of(self.source(seed), self.mix, seed)
+        return tasks if load is None else at_load(tasks, reference, load)

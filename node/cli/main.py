@@ -13,7 +13,7 @@ import click
 
 from mesh.errors import ConfigError, EdgemeshError, TaskError, UnreachableError, WrongKeyError
 from node import __version__
-from node.cli import adapters, ask, configure, invite, look, node_life, show, texts, tune
+from node.cli import adapters, ask, configure, invite, look, node_life, show, sim, texts, tune
 
 __all__ = ["cli", "exit_code", "main"]
 
@@ -35,6 +35,7 @@ SECTIONS = (
     ("Ask the mesh", ("run", "submit", "classify", "score", "embed", "tasks", "cancel")),
     ("Teach it", ("tune", "adapters")),
     ("Look at it", ("status", "nodes", "task", "models")),
+    ("Plan it", ("sim",)),
     ("Invite others", ("token", "mqtt")),
     ("This program", ("config", "completion", "demo", "version")),
 )
@@ -98,7 +99,7 @@ def cli() -> None:
     """
 
 
-for family in (node_life, ask, texts, tune, adapters, look, invite, configure, show):
+for family in (node_life, ask, texts, tune, adapters, look, sim, invite, configure, show):
     for command in family.COMMANDS:
         cli.add_command(command)
 

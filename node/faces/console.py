@@ -14,7 +14,7 @@ from node.faces.tui import error_line, header, node_table, printable, task_table
 from node.faces.view import NodeRow, TaskRow, View
 from node.faces.why import candidate_rows, head_line, nothing_line, number_line, verb_line
 
-__all__ = ["explanation_out", "nodes_out", "status_out", "table_out", "tasks_out"]
+__all__ = ["explanation_out", "nodes_out", "status_out", "table_out", "table_put", "tasks_out"]
 
 # A file or a pipe has no width: give every column room, so that grep and awk find whole words.
 PIPE_WIDTH = 240
@@ -85,4 +85,9 @@ def table_out(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    _put(table)
+
+
+def table_put(table: Table) -> None:
+    """A table that is made already."""
     _put(table)
