@@ -16,7 +16,9 @@ __all__ = [
     "DrainChanged",
     "EngineLost",
     "EngineReady",
+    "PauseAttempt",
     "RatesMeasured",
+    "ResumeAttempt",
     "StartAttempt",
     "StopAttempt",
 ]
@@ -35,6 +37,7 @@ class EngineReady:
     precision_reason: str = ""
     adapters: tuple[str, ...] = ()
     rates: NodeRates | None = None
+    can_pause: bool = False
 
 
 NODE_STOPS = "the node is stopping"
@@ -76,6 +79,22 @@ class StopAttempt:
     task: TaskId
     attempt: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PauseAttempt:
+    """Worker core to shell: let it stand still between two tokens; it keeps what it has and takes no slot."""
+
+    task: TaskId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAttempt:
+    """Worker core to shell: let it go on where it stood."""
+
+    task: TaskId
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@
        └─▶ Refused                   ─▷ AttemptFinished ──▶ Save, AttemptEnded… until OutcomeTaken
 
 A task runs here at most once at a time: whoever assigns it again, under whatever attempt or epoch, is
-told which attempt runs already. An outcome is on disk before anybody hears of it, and is repeated to the
-present coordinator until that has it in safety; a change of coordinator disturbs nothing here.
+told which attempt runs already. With all slots taken, an ``Assign`` may name a generation that stands still
+for it (``pauses``): one at a time, and it goes on before anything else starts. An outcome is on disk before
+anybody hears of it, and is repeated to the present coordinator until that has it in safety; a change of
+coordinator disturbs nothing here.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    PauseAttempt,
+    ResumeAttempt,
     StartAttempt,
     StopAttempt,
 )
@@ -95,6 +99,8 @@ class Worker:
         self._no_engine_because = "the model is not loaded yet"
         self._is_draining = False
         self._running: dict[TaskId, _Running] = {}
+        self._paused: TaskId | None = None
+        """Of those that run, the one that stands still for another and takes no slot."""
         self._over: OrderedDict[AttemptId, Refused | None] = OrderedDict()
         self._repeat: dict[tuple[TaskId, int], _Ended] = {
             key: _Ended(now, self._config.end_every_s) for key in store.ended
@@ -105,7 +111,8 @@ class Worker:
 
     @property
     def n_running(self) -> int:
-        return len(self._running)
+        """Attempts that take a slot."""
+        return len(self._running) - (self._paused is not None)
 
     @property
     def is_draining(self) -> bool:
@@ -240,9 +247,34 @@ class Worker:
             refused = Refused(attempt=attempt, reason=reason)
             self._remember(attempt, refused)
             return [Send(sender, refused)]
+        effects: list[Effect] = []
+        if self._is_full:
+            run = self._making_way(assign)
+            assert run is not None, "what is full and cannot make way has refused"
+            self._paused = run.assign.task
+            effects.append(Notify(PauseAttempt(run.assign.task, run.assign.attempt)))
         self._running[assign.task] = _Running(assign, now)
         self._store.running[assign.task] = attempt
-        return [Notify(StartAttempt(assign)), self._report(sender, now)]
+        return [*effects, Notify(StartAttempt(assign)), self._report(sender, now)]
+
+    @property
+    def _is_full(self) -> bool:
+        return self._engine is None or self.n_running >= self._engine.slots
+
+    def _making_way(self, assign: Assign) -> _Running | None:
+        """Who stands still for ``assign`` if all slots are taken; ``None``: nobody can."""
+        run = self._running.get(assign.pauses) if assign.pauses is not None else None
+        is_able = self._engine is not None and self._engine.can_pause and self._paused is None
+        if run is None or not is_able or run.stopped_for or run.assign.submit.kind != "generate":
+            return None
+        return run
+
+    def _carry_on(self) -> list[Effect]:
+        """A slot may have become free: it is first of all the paused attempt's."""
+        if self._paused is None or self._is_full:
+            return []
+        run, self._paused = self._running[self._paused], None
+        return [Notify(ResumeAttempt(run.assign.task, run.assign.attempt))]
 
     def _refusal(self, assign: Assign) -> str | None:
         """Why this node does not run it now; ``None`` if it does."""
@@ -250,7 +282,7 @@ class Worker:
             return self._no_engine_because
         if self._is_draining:
             return "draining: it takes no new work"
-        if len(self._running) >= self._engine.slots:
+        if self._is_full and self._making_way(assign) is None:
             return f"all {self._engine.slots} slots are taken"
         if not serves(self._engine.model, assign.submit.model, self._engine.also_called):
             return f"it serves {self._engine.model}, not {assign.submit.model}"
@@ -297,7 +329,7 @@ class Worker:
 
     def _engine_lost(self, reason: str, now: float) -> list[Effect]:
         """Everything that ran is lost with the compute process, through no fault of the tasks."""
-        self._engine = None
+        self._engine = self._paused = None
         self._no_engine_because = f"its compute process ended: {reason}"
         effects: list[Effect] = []
         for run in list(self._running.values()):
@@ -331,13 +363,15 @@ class Worker:
         )
         ended = AttemptEnded(task=assign.task, attempt=assign.attempt, epoch=assign.epoch, outcome=outcome)
         del self._running[assign.task]
+        if self._paused == assign.task:
+            self._paused = None
         self._remember(AttemptId(task=assign.task, attempt=assign.attempt, epoch=assign.epoch), None)
         effects = self._store.end(ended)
         due = _Ended(now, self._config.end_every_s)
         self._repeat[assign.task, assign.attempt] = due
         if self._coordinator is not None:
             effects += self._tell((assign.task, assign.attempt), due, self._coordinator, now)
-        return effects
+        return [*effects, *self._carry_on()]
 
     def _remember(self, attempt: AttemptId, answer: Refused | None) -> None:
         self._over[attempt] = answer

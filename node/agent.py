@@ -25,7 +25,9 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    PauseAttempt,
     RatesMeasured,
+    ResumeAttempt,
     StartAttempt,
     StopAttempt,
 )
@@ -318,7 +320,7 @@ class Agent:
                 self._broker_host.stop()
             case UseBroker(broker=broker):
                 self._use_broker(broker)
-            case StartAttempt() | StopAttempt():
+            case StartAttempt() | StopAttempt() | PauseAttempt() | ResumeAttempt():
                 if self._worker is not None:
                     self._worker.carry_out(fact)
             case EngineReady():
@@ -327,7 +329,7 @@ class Agent:
                     model=fact.model, also_called=list(fact.also_called), slots=fact.slots,
                     context_tokens=fact.context_tokens, device=device or "cpu",
                     precision=fact.precision or None, precision_reason=fact.precision_reason or None,
-                    adapters=list(fact.adapters[:ADAPTERS_MAX]), rates=fact.rates,
+                    adapters=list(fact.adapters[:ADAPTERS_MAX]), rates=fact.rates, can_pause=fact.can_pause,
                 )  # fmt: skip
             case AdaptersChanged(names=names):
                 self._change_info(adapters=list(names[:ADAPTERS_MAX]))

@@ -1,6 +1,6 @@
 """Keeps a compute process alive and translates between its frames and the node's facts.
 
-    StartAttempt, StopAttempt ──▶ Run, Stop ─▷ child
+    StartAttempt, StopAttempt, PauseAttempt, ResumeAttempt ──▶ Run, Stop, Pause, Resume ─▷ child
     child ─▷ Loading, Ready ──▶ activity, EngineReady          Adapters ──▶ AdaptersChanged
              Text, Progress, Ended ──▶ AttemptText, AttemptProgress, AttemptFinished
              Rates ──▶ RatesMeasured
@@ -11,6 +11,9 @@
 Every attempt handed in gets exactly one ``AttemptFinished``: if the process ends first, a failure that
 says ``retry``, because the task is not to blame. Pauses grow with every quick end and carry jitter, so
 that nodes which ran out of memory together do not come back together.
+
+Where deadlines are missed again and again and another weight format would be faster, the process is started
+anew between two tasks, to load that one (``--precision`` pins a format).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 from coordinator.facts import (
@@ -35,14 +39,17 @@ from coordinator.facts import (
     AttemptText,
     EngineLost,
     EngineReady,
+    PauseAttempt,
     RatesMeasured,
+    ResumeAttempt,
     StartAttempt,
     StopAttempt,
 )
 from mesh.core import Fact
-from mesh.errors import DecodeError
+from mesh.errors import ConfigError, DecodeError
 from mesh.ids import TaskId
 from mesh.messages import Assign, Outcome, TaskProgress
+from node.compute.backbone.precision import choose_here
 from node.compute.messages import (
     CODEC,
     LENGTH_BYTES,
@@ -51,15 +58,19 @@ from node.compute.messages import (
     Load,
     LoadFailed,
     Loading,
+    Pause,
     Progress,
     Rates,
     Ready,
+    Resume,
     Run,
     Stop,
     Text,
     frame,
     frame_size,
 )
+from node.compute.models import resolve
+from node.hurry import Hurry
 from node.logs import say
 from node.settings import Settings
 from node.state import StateDir
@@ -80,6 +91,7 @@ _PAUSE_S_LONG = 300.0  # after so many quick ends something is wrong that time m
 _EXIT_S = 2.0  # the child leaves at once when its input ends; if not, it hangs and is killed
 _RATE_WINDOW_S = 5.0
 _LOG_LINE_BYTES = 4096
+_PRESSING = 0.25  # of recent deadlines missed: then a few seconds of loading are worth a faster format
 _LAST_WORDS = 5  # lines of the child's complaint repeated in the reason of its end
 
 
@@ -111,6 +123,9 @@ class ComputeWorker:
         self._process: asyncio.subprocess.Process | None = None
         self._ready: Ready | None = None
         self._running: dict[tuple[TaskId, int], Assign] = {}
+        self._started_at: dict[tuple[TaskId, int], float] = {}
+        self._hurry = Hurry()
+        self._is_changing = False
         self._progress: dict[TaskId, TaskProgress] = {}  # of tuning attempts that run
         self._spoken: deque[tuple[float, int]] = deque()  # (when, tokens) of the last _RATE_WINDOW_S
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
@@ -143,7 +158,7 @@ class ComputeWorker:
             return 0.0
         return sum(n for _, n in self._spoken) / max(1.0, now - self._spoken[0][0])
 
-    def carry_out(self, fact: StartAttempt | StopAttempt) -> None:
+    def carry_out(self, fact: StartAttempt | StopAttempt | PauseAttempt | ResumeAttempt) -> None:
         """Pass an order on. Without a loaded model an attempt fails at once, to be tried elsewhere."""
         match fact:
             case StartAttempt(assign=assign):
@@ -151,6 +166,7 @@ class ComputeWorker:
                     self._finish(assign, _lost(assign, f"no model is loaded: {self.activity}"))
                     return
                 self._running[assign.task, assign.attempt] = assign
+                self._started_at[assign.task, assign.attempt] = time.monotonic()
                 self._say(
                     Run(
                         task=assign.task,
@@ -162,6 +178,10 @@ class ComputeWorker:
             case StopAttempt(task=task, attempt=attempt, reason=reason):
                 if (task, attempt) in self._running:
                     self._say(Stop(task=task, attempt=attempt, reason=reason))
+            case PauseAttempt(task=task, attempt=attempt):
+                self._say(Pause(task=task, attempt=attempt))
+            case ResumeAttempt(task=task, attempt=attempt):
+                self._say(Resume(task=task, attempt=attempt))
         self._describe()
 
     async def run(self) -> None:
@@ -176,6 +196,9 @@ class ComputeWorker:
                 self._over.set()
             if self._stopping.is_set():
                 return
+            if self._is_changing:
+                self._is_changing = False
+                continue
             quick_ends = 0 if end.was_steady else quick_ends + 1
             if end.is_permanent:
                 self.activity = f"cannot compute: {end.reason}"[:200]
@@ -273,6 +296,7 @@ class ComputeWorker:
                         precision_reason=message.precision_reason,
                         adapters=message.adapters,
                         rates=message.rates,
+                        can_pause=message.can_pause,
                     )
                 )
             case Adapters(names=names):
@@ -289,7 +313,10 @@ class ComputeWorker:
                 self._progress.pop(message.task, None)
                 assign = self._running.pop((message.task, message.attempt), None)
                 if assign is not None:
+                    started_at = self._started_at.pop((message.task, message.attempt))
+                    self._hurry.saw(assign.budget_s, time.monotonic() - started_at)
                     self._finish(assign, _outcome(assign, message))
+                    self._change_if_pressed()
         self._describe()
 
     async def _log_lines(self, process: asyncio.subprocess.Process) -> None:
@@ -314,6 +341,29 @@ class ComputeWorker:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._process.stdin.write(frame(message))
 
+    def _change_if_pressed(self) -> None:
+        """Between two tasks: have another weight format loaded if deadlines ask for it."""
+        pressure = self._hurry.pressure
+        is_due = pressure >= _PRESSING and self._load.precision == "auto" and not self._running
+        if not is_due or self._ready is None:
+            return
+        self._hurry.forget()  # looked at, whatever comes of it
+        try:
+            source = resolve(self._load.model)
+            home = Path(self._load.models_dir) / source.slug
+            weights = source.path if source.kind == "directory" and source.path is not None else home
+            on_cpu = self._ready.device == "cpu"
+            choice = choose_here(weights, home, "auto", on_cpu=on_cpu, deadline_pressure=pressure)
+        except (OSError, ValueError, ConfigError):  # no weights, as echo, or the child's to complain of
+            return
+        if choice.precision in (None, self._ready.precision):
+            return
+        log.info("%.0f %% of recent deadlines were missed: changing to %s", 100 * pressure, choice.precision)
+        self._load = replace(self._load, deadline_pressure=pressure)
+        self._is_changing = True
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
     def _finish(self, assign: Assign, outcome: Outcome) -> None:
         self._learn(AttemptFinished(assign.task, assign.attempt, outcome))
 
@@ -322,6 +372,7 @@ class ComputeWorker:
         self._ready = None
         self._progress.clear()
         running, self._running = self._running, {}
+        self._started_at.clear()
         for assign in running.values():
             self._finish(assign, _lost(assign, reason))
 

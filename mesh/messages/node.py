@@ -141,6 +141,8 @@ class NodeInfo:
     """Why, in words."""
     rates: NodeRates | None = None
     """How fast it works, once it can; ``None`` from a node that does not say."""
+    can_pause: bool = False
+    """Lets one generation stand still for another, see ``Assign.pauses``."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)

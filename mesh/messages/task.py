@@ -422,9 +422,14 @@ class Assign:
     queue_s: float = 0.0
     """How long the task waited before this; the worker puts it into the outcome, which is then complete
     whoever settles it."""
+    pauses: TaskId | None = None
+    """May start though all slots are taken: the attempt of this task, which runs on the same node, stands
+    still between two tokens until a slot is free. Only for a node whose info says ``can_pause``."""
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
+        if self.pauses is not None:
+            check_id("pauses", self.pauses)
         check_count("attempt", self.attempt, 1000, least=1)
         check_seconds("budget_s", self.budget_s)
         check_seconds("queue_s", self.queue_s)

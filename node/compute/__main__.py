@@ -29,8 +29,7 @@ from mesh.units import bytes_text
 from node.compute.backbone.precision import (
     AROUND_BYTES,
     PRECISIONS,
-    choose_precision,
-    format_bytes,
+    choose_here,
     read_speeds,
 )
 from node.compute.echo import EchoEngine
@@ -41,8 +40,10 @@ from node.compute.messages import (
     Load,
     LoadFailed,
     Loading,
+    Pause,
     Rates,
     Ready,
+    Resume,
     Run,
     Stop,
     frame,
@@ -117,6 +118,7 @@ def main() -> int:
             adapters=adapters.names,
             also_called=tuple(name for name in engine.names[1:] if name != engine.model),
             rates=slowed(loaded.rates, load.slowdown),
+            can_pause=True,
         )
     )
     _serve(engine, adapters, rates, pace, inbox, say)
@@ -176,6 +178,10 @@ def _serve(
                     events += engine.start(message)
                 case Stop():  # what the attempt had said before comes before its end
                     events, held = [*events, *held, *engine.stop(message)], []
+                case Pause():
+                    engine.pause(message)
+                case Resume():
+                    engine.resume(message)
         if not pace.rest_s:
             events, held = [*events, *held], []
             if engine.due_s == 0:
@@ -283,11 +289,18 @@ def _choose(
         _NoMemoryError: None that may be chosen fits into memory now; the text has the numbers.
         ConfigError: The operator's format is not there for this model.
     """
-    pinned = None if load.precision == "auto" else load.precision
-    if pinned is not None and pinned not in formats:
-        raise ConfigError(f"no {pinned} weights for this kind of model: choose one of {', '.join(formats)}")
-    sizes = {name: size for name, size in format_bytes(directory, on_cpu).items() if name in formats}
-    choice = choose_precision(memory_free_bytes(), sizes, read_speeds(home), pinned)
+    if load.precision not in ("auto", *formats):
+        raise ConfigError(
+            f"no {load.precision} weights for this kind of model: choose one of {', '.join(formats)}"
+        )
+    choice = choose_here(
+        directory,
+        home,
+        load.precision,
+        formats=formats,
+        on_cpu=on_cpu,
+        deadline_pressure=load.deadline_pressure,
+    )
     if choice.precision is None:
         raise _NoMemoryError(f"loading {directory.name}: {choice.reason}")
     return choice.precision, choice.reason

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mesh.messages import Submit
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Run, Stop, Text
+from node.compute.messages import Ended, Pause, Resume, Run, Stop, Text
 from node.compute.models import echo_rate
 
 __all__ = ["EchoEngine"]
@@ -58,6 +58,7 @@ class EchoEngine:
         self._interval_s = slowdown / rate if rate else 0.0
         self._clock = clock
         self._running: dict[tuple[str, int], _Attempt] = {}
+        self._paused: dict[tuple[str, int], _Attempt] = {}
 
     @property
     def due_s(self) -> float | None:
@@ -88,8 +89,20 @@ class EchoEngine:
         return []
 
     def stop(self, stop: Stop) -> list[Event]:
-        attempt = self._running.pop((stop.task, stop.attempt), None)
+        key = (stop.task, stop.attempt)
+        attempt = self._running.pop(key, None) or self._paused.pop(key, None)
         return [] if attempt is None else [self._ended(attempt, "cancelled", None, stop.reason)]
+
+    def pause(self, pause: Pause) -> None:
+        key = (pause.task, pause.attempt)
+        if key in self._running:
+            self._paused[key] = self._running.pop(key)
+
+    def resume(self, resume: Resume) -> None:
+        key = (resume.task, resume.attempt)
+        if key in self._paused:
+            attempt = self._running[key] = self._paused.pop(key)
+            attempt.due_at = self._clock() + self._interval_s
 
     def step(self) -> list[Event]:
         events: list[Event] = []

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from coordinator.cluster import serves
-from node.compute.messages import Ended, Progress, Run, Stop, Text
+from node.compute.messages import Ended, Pause, Progress, Resume, Run, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
 
@@ -49,6 +49,12 @@ class Engine(Protocol):
 
     def stop(self, stop: Stop) -> list[Event]:
         """End an attempt with what it has so far. One that does not run gives nothing."""
+
+    def pause(self, pause: Pause) -> None:
+        """Let a generation stand still and take no slot. One that does not run is left alone."""
+
+    def resume(self, resume: Resume) -> None:
+        """Let it go on where it stood."""
 
     def step(self) -> list[Event]:
         """Do a little of everything that runs."""

@@ -3,6 +3,7 @@
     node ──Load──▶ child ──Loading*──▶ node          then ──Ready──▶ or ──LoadFailed──▶ (and the child ends)
     node ──Run──▶ child ──Text*──▶ or ──Progress*──▶ then ──Ended──▶ node
     node ──Stop──▶ child                             its ``Ended`` follows, between two steps
+    node ──Pause──▶ child, later ──Resume──▶         between two steps; it keeps what it has and takes no slot
     child ──Adapters──▶ node                         whenever the adapters it can serve have changed
     child ──Rates──▶ node                            once it has measured itself, if Ready brought a guess
 
@@ -27,10 +28,12 @@ __all__ = [
     "Load",
     "LoadFailed",
     "Loading",
+    "Pause",
     "Precision",
     "Progress",
     "Rates",
     "Ready",
+    "Resume",
     "Run",
     "Stop",
     "Text",
@@ -57,6 +60,8 @@ class Load:
     features_dir: str
     """Feature maps on disk, and checkpoints of tuning jobs."""
     precision: Precision | Literal["auto"] = "auto"
+    deadline_pressure: float = 0.0
+    """Share of recent attempts that ran out of time: how much speed is worth when ``auto`` chooses."""
     threads: int | None = None
     """Most threads to compute with; ``None``: as many as there are physical cores."""
     adapter_bytes: int = 512_000_000
@@ -86,6 +91,20 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Let the attempt, a generation, stand still until ``Resume``."""
+
+    task: TaskId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    task: TaskId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
     """How far preparation is, in words; ``fraction`` (0 to 1) where it is known."""
 
@@ -109,6 +128,8 @@ class Ready:
     also_called: tuple[str, ...] = ()
     rates: NodeRates | None = None
     """How fast it works, measured at an earlier start or guessed; slowed as asked."""
+    can_pause: bool = False
+    """Whether it obeys ``Pause``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +186,9 @@ class Ended:
     output: Output | None = None
 
 
-CODEC = Codec([Load, Run, Stop, Loading, Ready, LoadFailed, Adapters, Rates, Text, Progress, Ended])
+CODEC = Codec(
+    [Load, Run, Stop, Pause, Resume, Loading, Ready, LoadFailed, Adapters, Rates, Text, Progress, Ended]
+)
 
 
 def frame(message: object) -> bytes:

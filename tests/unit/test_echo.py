@@ -10,7 +10,7 @@ from mesh.errors import ConfigError
 from mesh.ids import TaskId
 from mesh.messages import ChatMessage, Submit, TuneSpec
 from node.compute.echo import CONTEXT_WORDS, EchoEngine
-from node.compute.messages import Ended, Run, Stop, Text
+from node.compute.messages import Ended, Pause, Resume, Run, Stop, Text
 from node.compute.models import echo_rate
 
 
@@ -160,3 +160,28 @@ def test_a_slowed_echo_gives_words_that_many_times_slower() -> None:
     engine.start(generate(prompt="a b c d e f g h i j"))
     _, (end,) = run(engine, clock)
     assert end.service_s == pytest.approx(10 * 4 / 20)
+
+
+def test_a_paused_echo_takes_no_slot_and_goes_on_with_the_next_word() -> None:
+    clock = Clock()
+    engine = EchoEngine("echo:10", clock)
+    engine.slots = 1  # type: ignore[misc]
+    engine.start(generate(prompt="a b c d"))
+    clock.now += 0.15
+    assert [event.text for event in engine.step() if isinstance(event, Text)] == ["a "]
+    engine.pause(Pause(task=TaskId("t1"), attempt=1))
+    assert engine.due_s is None
+    assert engine.start(generate("t2", prompt="x")) == []
+    clock.now += 5
+    engine.step()
+    engine.resume(Resume(task=TaskId("t1"), attempt=1))
+    texts, (end,) = run(engine, clock)
+    assert "".join(text.text for text in texts) == "b c d" and end.text == "a b c d"
+
+
+def test_a_paused_echo_can_be_stopped() -> None:
+    engine = EchoEngine("echo:10", Clock())
+    engine.start(generate(prompt="a b"))
+    engine.pause(Pause(task=TaskId("t1"), attempt=1))
+    (end,) = engine.stop(Stop(task=TaskId("t1"), attempt=1, reason="enough"))
+    assert isinstance(end, Ended) and end.state == "cancelled"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from coordinator.facts import (
     AdaptersChanged,
     AttemptFinished,
@@ -12,6 +14,8 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    PauseAttempt,
+    ResumeAttempt,
     StartAttempt,
     StopAttempt,
 )
@@ -317,3 +321,92 @@ def test_a_tuning_attempt_runs_where_its_data_are() -> None:
     assert refused.reason == "the data are on other"
     assert facts(worker().receive(order(submit=tune("other", "me")), BOSS, 0), StartAttempt)
     assert facts(worker().receive(order(submit=tune()), BOSS, 0), StartAttempt)
+
+
+# ── standing still for another ──────────────────────────────────────────────────────────────────────
+
+
+def pausing(slots: int = 1) -> Worker:
+    one = worker(ready=False)
+    one.learn(EngineReady(MODEL, 2048, slots, can_pause=True), 0)
+    return one
+
+
+def test_a_generation_stands_still_for_an_urgent_one_and_goes_on_when_a_slot_is_free() -> None:
+    one = pausing()
+    one.receive(order("slow"), BOSS, 0)
+    effects = one.receive(order("urgent", pauses=TaskId("slow")), BOSS, 1)
+    kinds = [type(e.fact) for e in effects if isinstance(e, Notify)]
+    assert kinds == [PauseAttempt, StartAttempt], "it makes way before the other one comes"
+    (report,) = sent(effects, AttemptsRunning)
+    assert {attempt.task for attempt in report.attempts} == {"slow", "urgent"}, "it still runs here"
+    assert one.n_running == 1
+    ended = finish(one, order("urgent"), 2)
+    assert facts(ended, ResumeAttempt) == [ResumeAttempt(TaskId("slow"), 1)]
+    assert one.n_running == 1
+    assert not facts(finish(one, order("slow"), 3), ResumeAttempt) and one.n_running == 0
+
+
+def test_who_goes_on_is_first_in_line_for_a_free_slot() -> None:
+    one = pausing()
+    one.receive(order("slow"), BOSS, 0)
+    one.receive(order("urgent", pauses=TaskId("slow")), BOSS, 1)
+    finish(one, order("urgent"), 2)
+    assert sent(one.receive(order("third"), BOSS, 3), Refused), "the slot is taken again"
+
+
+def test_one_stands_still_at_a_time() -> None:
+    one = pausing(slots=2)
+    for task in ("a", "b"):
+        one.receive(order(task), BOSS, 0)
+    assert facts(one.receive(order("c", pauses=TaskId("a")), BOSS, 1), PauseAttempt)
+    (refused,) = sent(one.receive(order("d", pauses=TaskId("b")), BOSS, 2), Refused)
+    assert "slots are taken" in refused.reason
+
+
+@pytest.mark.parametrize("reason", ["unknown", "cannot", "stopped", "tune"])
+def test_without_somebody_who_can_make_way_it_is_refused_as_ever(reason: str) -> None:
+    one = worker(slots=1) if reason == "cannot" else pausing()
+    spec = TuneSpec(adapter="a", data='{"text": "x", "label": "y"}')
+    slow = order("slow", submit=Submit(kind="tune", tune=spec)) if reason == "tune" else order("slow")
+    one.receive(slow, BOSS, 0)
+    if reason == "stopped":
+        one.receive(CancelAttempt(epoch=E1, task=TaskId("slow"), reason="away"), BOSS, 0)
+    pauses = TaskId("nobody") if reason == "unknown" else TaskId("slow")
+    effects = one.receive(order("urgent", pauses=pauses), BOSS, 1)
+    assert sent(effects, Refused) and not facts(effects, PauseAttempt) and not facts(effects, StartAttempt)
+
+
+def test_with_a_slot_free_nobody_needs_to_make_way() -> None:
+    one = pausing(slots=2)
+    one.receive(order("slow"), BOSS, 0)
+    effects = one.receive(order("urgent", pauses=TaskId("slow")), BOSS, 1)
+    assert facts(effects, StartAttempt) and not facts(effects, PauseAttempt)
+
+
+def test_who_stands_still_can_be_cancelled_and_its_deadline_still_counts() -> None:
+    one = pausing()
+    one.receive(order("slow", budget_s=10.0), BOSS, 0)
+    one.receive(order("urgent", pauses=TaskId("slow")), BOSS, 1)
+    assert facts(one.tick(10.0), StopAttempt) == [StopAttempt(TaskId("slow"), 1, "its deadline passed")]
+    effects = finish(one, order("slow"), 10.1, state="cancelled")
+    assert not facts(effects, ResumeAttempt) and one.n_running == 1
+    assert not facts(finish(one, order("urgent"), 11), ResumeAttempt)
+
+
+def test_an_engine_that_ends_takes_who_stands_still_with_it_and_nobody_goes_on() -> None:
+    one = pausing()
+    one.receive(order("slow"), BOSS, 0)
+    one.receive(order("urgent", pauses=TaskId("slow")), BOSS, 1)
+    effects = one.learn(EngineLost("killed"), 2)
+    assert not facts(effects, ResumeAttempt) and one.n_running == 0
+    assert {ended.task for ended in sent(effects, AttemptEnded)} == {"slow", "urgent"}
+
+
+def test_the_same_order_twice_pauses_once() -> None:
+    one = pausing()
+    one.receive(order("slow"), BOSS, 0)
+    urgent = order("urgent", pauses=TaskId("slow"))
+    one.receive(urgent, BOSS, 1)
+    again = one.receive(urgent, BOSS, 1.1)
+    assert not facts(again, PauseAttempt) and sent(again, AttemptsRunning)
