@@ -47,7 +47,7 @@ class Study:
     source: Source
     mix: Mix
     meshes: Mapping[str, Sequence[NodeSpec]]
-    """By name. Loads are those of the first: the others get the same tasks at the same times."""
+    """By name. Loads and deadlines are those of the first; the others get the very same tasks."""
     policies: Sequence[Policy]
     loads: Sequence[float | None]
     """``None`` keeps the times of the source."""
@@ -78,5 +78,5 @@ class Study:
                     yield Cell(mesh=mesh, load=load, policy=policy.name, runs=runs)
 
     def _tasks(self, seed: int, load: float | None, reference: Sequence[NodeSpec]) -> list[VirtualTask]:
-        tasks = tasks_of(self.source(seed), self.mix, seed)
+        tasks = tasks_of(self.source(seed), self.mix, seed, reference)
         return tasks if load is None else at_load(tasks, reference, load)

@@ -4,10 +4,10 @@ Lengths and times come from a trace or a generator. What no trace has is drawn f
 
 value      1, 3 or 10 (60 %, 30 %, 10 % of the tasks): most things are everyday, few matter much. A tuning job
            is worth ``tune_value`` times as much: somebody waits for it for long.
-deadline   of a request: ``patience_s`` plus its service time on the unit node (a Pi 5) times a factor drawn
-           log-uniformly from ``tightness``. Of a tuning job: its service time on the unit node times a factor
-           from ``tune_tightness``.
-           Deadlines do not depend on the mesh, so a mesh with one more node is compared on equal terms.
+deadline   of a request: ``patience_s`` plus its service time on the best node, alone, times a factor drawn
+           log-uniformly from ``tightness``; of a tuning job: the same with ``tune_tightness``. So everything
+           could be done in time by somebody, were it alone in the mesh and the estimates right.
+           A mesh with more nodes is compared under the deadlines of the mesh without them.
 adapter    one of ``adapters``, the k-th with a weight of 1 / k ** ``skew``
 truth      what the work takes is log-normal around what is expected, ``error`` the standard deviation of the
            logarithm: the one about whom nobody tells the scheduler.
@@ -27,7 +27,7 @@ from random import Random
 from coordinator.policy.cost import amounts_of
 from coordinator.policy.rates import Rates
 from coordinator.policy.work import Work
-from coordinator.virtual.devices import UNIT, NodeSpec
+from coordinator.virtual.devices import NodeSpec
 from coordinator.virtual.traces import Request
 from mesh.ids import TaskId
 from mesh.messages.checks import check_count, check_fraction, check_positive, check_seconds
@@ -42,7 +42,7 @@ class Mix:
     values: tuple[tuple[float, float], ...] = ((1.0, 0.6), (3.0, 0.3), (10.0, 0.1))
     """(value, share of the tasks); shares sum to 1."""
     patience_s: float = 2.0
-    tightness: tuple[float, float] = (0.25, 3.0)
+    tightness: tuple[float, float] = (1.5, 18.0)
     tune: float = 0.02
     """Share of the tasks that are tuning jobs."""
     tune_tokens: float = 40_000.0
@@ -50,7 +50,7 @@ class Mix:
     tune_spread: float = 0.5
     tune_epochs: int = 3
     tune_value: float = 10.0
-    tune_tightness: tuple[float, float] = (0.3, 2.0)
+    tune_tightness: tuple[float, float] = (1.8, 12.0)
     adapters: int = 20
     skew: float = 1.0
     error: float = 0.3
@@ -90,18 +90,24 @@ class VirtualTask:
     """What the work takes / what ``work`` says, on every node."""
 
 
-def tasks_of(requests: Sequence[Request], mix: Mix, seed: int) -> list[VirtualTask]:
+def tasks_of(
+    requests: Sequence[Request], mix: Mix, seed: int, nodes: Sequence[NodeSpec]
+) -> list[VirtualTask]:
     """One task for each request, in the same order and at the same times.
 
     Args:
         requests: In order of time.
         seed: Of all that is drawn.
+        nodes: The best of them is the measure of deadlines.
     """
     adapters = _adapters(mix)
-    return [_task(k, request, mix, adapters, seed) for k, request in enumerate(requests)]
+    kinds = list(dict.fromkeys(node.rates for node in nodes))
+    return [_task(k, request, mix, adapters, seed, kinds) for k, request in enumerate(requests)]
 
 
-def _task(k: int, request: Request, mix: Mix, adapters: Sequence[float], seed: int) -> VirtualTask:
+def _task(
+    k: int, request: Request, mix: Mix, adapters: Sequence[float], seed: int, kinds: Sequence[Rates]
+) -> VirtualTask:
     rng = Random(f"{seed}/{k}")  # seeded by text: the same on every machine and version
     # Always the same number of draws in the same order, whatever they decide.
     tune_draw, value_draw, slack_draw, adapter_draw = (rng.random() for _ in range(4))
@@ -111,7 +117,7 @@ def _task(k: int, request: Request, mix: Mix, adapters: Sequence[float], seed: i
         n_tokens = mix.tune_tokens * math.exp(mix.tune_spread * size_draw)
         work = Work(kind="tune", n_feature_tokens=n_tokens, n_tune_tokens=n_tokens * mix.tune_epochs)
         value *= mix.tune_value
-        deadline_s = service_s(work, UNIT) * _log_uniform(mix.tune_tightness, slack_draw)
+        deadline_s = _best_s(work, kinds) * _log_uniform(mix.tune_tightness, slack_draw)
     else:
         adapter = _adapter(adapters, adapter_draw)
         work = Work(
@@ -120,7 +126,7 @@ def _task(k: int, request: Request, mix: Mix, adapters: Sequence[float], seed: i
             n_adapter_loads=0.0 if adapter is None else 1.0,
             reuses=adapter,
         )
-        deadline_s = mix.patience_s + service_s(work, UNIT) * _log_uniform(mix.tightness, slack_draw)
+        deadline_s = mix.patience_s + _best_s(work, kinds) * _log_uniform(mix.tightness, slack_draw)
     return VirtualTask(
         id=TaskId(f"t{k:07d}"),  # in order of arrival, as far as ties are decided by it
         arrives_at=request.at_s,
@@ -135,6 +141,10 @@ def _task(k: int, request: Request, mix: Mix, adapters: Sequence[float], seed: i
 def service_s(work: Work, rates: Rates) -> float:
     """Seconds the work takes by these rates, with nothing beside it and nothing to reuse."""
     return math.fsum(amount * unit_s for amount, unit_s in zip(amounts_of(work), rates.unit_s, strict=True))
+
+
+def _best_s(work: Work, kinds: Sequence[Rates]) -> float:
+    return min(service_s(work, rates) for rates in kinds)
 
 
 def _log_uniform(bounds: tuple[float, float], draw: float) -> float:

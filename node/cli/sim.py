@@ -40,7 +40,7 @@ _SAME_MESH = "mesh"
               help="Or draw requests: tasks=2000, rate=5.5, burstiness=1.2 (1 = Poisson), prompt_tokens, "
                    "answer_tokens; and all keys of --mix.")  # fmt: skip
 @click.option("--mix", metavar="KEY=VALUE,...",
-              help="What no trace has: values=1:0.6/3:0.3/10:0.1 (value:share), tightness=0.25..3 and "
+              help="What no trace has: values=1:0.6/3:0.3/10:0.1 (value:share), tightness=1.5..18 and "
                    "patience_s=2 (deadlines), tune=0.02 (share of tuning jobs), adapters=20, skew=1, "
                    "error=0.3 (of the estimates). See docs/scheduling.md.")  # fmt: skip
 @click.option("--nodes", metavar="LIST",
