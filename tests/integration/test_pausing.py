@@ -79,7 +79,7 @@ def test_a_newcomer_that_begins_alike_does_not_wait_for_who_stands_still(world: 
     """The engine lets one read a common beginning and the others wait: not for one that is paused."""
     alike = {**LONG, "prompt": LONG["prompt"] + "or a short one", "max_tokens": 3}
     driven = Driven(world)
-    driven.start("long", **{**LONG, "prompt": LONG["prompt"] * 4, "max_tokens": 5})
+    driven.start("long", **LONG)
     driven.steps(1)
     driven.pause("long")
     driven.start("alike", **alike)
