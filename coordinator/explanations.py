@@ -63,6 +63,14 @@ class Explanations:
         story.newest.append(Noted(decision, now))
         story.n += 1
 
+    def forget(self, task: TaskId) -> None:
+        """Nobody will ask about it any more."""
+        self._stories.pop(task, None)
+
+    def clear(self) -> None:
+        """This node coordinates no longer."""
+        self._stories.clear()
+
     def of(self, task: TaskId) -> tuple[Noted, ...]:
         """The newest decisions about the task, the oldest of them first."""
         story = self._stories.get(task)

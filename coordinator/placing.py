@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from coordinator.cluster import Cluster, Node
+from coordinator.explanations import Explanations
 from coordinator.ledger import Ledger
 from coordinator.placement import has_what_it_needs
 from coordinator.policy.cost import CostModel, Observed
@@ -32,13 +33,21 @@ class Placing:
     """One coordination's queue: made at an election, dropped when it ends. ``cost`` outlives it."""
 
     def __init__(
-        self, *, ledger: Ledger, cluster: Cluster, policy: Policy, cost: CostModel, config: DispatchConfig
+        self,
+        *,
+        ledger: Ledger,
+        cluster: Cluster,
+        policy: Policy,
+        cost: CostModel,
+        explanations: Explanations,
+        config: DispatchConfig,
     ) -> None:
         self._ledger = ledger
         self._cluster = cluster
         # Workers cannot let one generation stand still for another yet: they refuse what exceeds their slots.
         self._dispatcher = Dispatcher(replace(policy, preempt=False), cost, config)
         self._cost = cost
+        self._explanations = explanations
         self._changed_nodes = cluster.watch()
         self._with_recovered = True
 
@@ -106,6 +115,7 @@ class Placing:
         task, dispatcher = self._ledger.get(task_id), self._dispatcher
         if task is None:
             dispatcher.withdraw(task_id, now)
+            self._explanations.forget(task_id)
         elif not task.is_open:
             self._take_end(task, now)
         elif task.node is not None:

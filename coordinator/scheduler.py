@@ -121,7 +121,7 @@ class Scheduler:
         self._policy = policy
         self._cost = CostModel()
         self.explanations = Explanations()
-        """Why tasks were placed as they were; may tell of an earlier coordination of this node, too."""
+        """Why tasks were placed as they were; empty while following."""
         self._cluster = Cluster(me)
         self._copies = Copies(self._cluster, self._config.copies)
         self._buffer = SubmissionBuffer()
@@ -229,6 +229,7 @@ class Scheduler:
     def _start_over(self, epoch: Epoch) -> None:
         """An empty ledger for ``epoch``: what was in the last one is on disks."""
         config = self._config
+        self.explanations.clear()
         self._term = Term(
             me=self._me, epoch=epoch, cluster=self._cluster, store=self._store, copies=self._copies
         )
@@ -243,6 +244,7 @@ class Scheduler:
             cluster=self._cluster,
             policy=self._policy,
             cost=self._cost,
+            explanations=self.explanations,
             config=config.dispatch,
         )
         self._attempts = Attempts(

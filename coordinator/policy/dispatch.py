@@ -11,13 +11,12 @@ concerned, and ``requeue`` takes a start back. Everything is deterministic: in w
 ``now`` were made changes nothing; ties are broken by deadline, ``Job.tie`` and id.
 
 Bounds: a row per waiting task and a record per running one (the caller's admission bounds both), two
-entries per waiting task on the list of what may become hopeless, ``explained_max`` explanations.
+entries per waiting task on the list of what may become hopeless.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import floor, nextafter
@@ -57,8 +56,6 @@ class DispatchConfig:
     """A newcomer's density over the runner's, at least, for generation to be paused."""
     explain: bool = True
     """Fill in ``Why.candidates`` and ``Why.words``; the simulator goes without."""
-    explained_max: int = 4096
-    """Tasks whose last decision is kept, about 2 KiB each."""
 
 
 class Dispatcher:
@@ -83,7 +80,6 @@ class Dispatcher:
         """Added since the last decision."""
         self._mean_s = 1.0
         """Mean cost of the waiting tasks when last looked at."""
-        self._why: OrderedDict[TaskId, Why] = OrderedDict()
 
     # ── what others may read ────────────────────────────────────────────────────────────────────────
 
@@ -109,10 +105,6 @@ class Dispatcher:
     def node_of(self, task: TaskId) -> NodeId | None:
         """Where the task runs; ``None`` if it does not."""
         return self._runs_on.get(task)
-
-    def why(self, task: TaskId) -> Why | None:
-        """The numbers behind the last decision about the task."""
-        return self._why.get(task)
 
     def certain_s(self, job: Job) -> float:
         """What the best node needs for a job that is not here, as far as it is certain."""
@@ -384,7 +376,6 @@ class Dispatcher:
             words = sentence(why, self._nodes.ids[node], after)
             why = replace(why, candidates=found, n_candidates=len(self._nodes), words=words)
         self._run(job, node, now, expected_s=why.service_s)
-        self._note(job.task, why)
         return Start(
             task=job.task, node=self._nodes.ids[node], why=why, after=after.job.task if after else None
         )
@@ -518,16 +509,10 @@ class Dispatcher:
             del self._paused[node]
         return node
 
-    def _note(self, task: TaskId, why: Why) -> None:
-        self._why[task] = why
-        self._why.move_to_end(task)
-        while len(self._why) > self._config.explained_max:
-            self._why.popitem(last=False)
-
     def _why_runner(self, running: Running, words: str, now: float) -> Why:
         """Of a decision about a task that runs."""
         job, left_s = running.job, running.left_s(now)
-        why = Why(
+        return Why(
             at=now,
             policy=self.policy.name,
             words=words,
@@ -538,8 +523,6 @@ class Dispatcher:
             service_s=left_s,
             n_waiting=len(self._jobs),
         )
-        self._note(job.task, why)
-        return why
 
     def _look_again(self) -> None:
         """Nodes changed: what was hopeless may not be, and the other way round."""
