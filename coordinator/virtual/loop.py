@@ -176,6 +176,8 @@ class World:
         return True
 
     def _next_at(self) -> float:
+        while self._queue and self._is_stale(*self._queue[0][1:]):
+            heapq.heappop(self._queue)
         at = self._queue[0][0] if self._queue else FOREVER
         if self._n_arrived < len(self._tasks):
             at = min(at, self._tasks[self._n_arrived].arrives_at)
@@ -183,6 +185,12 @@ class World:
         if self._is_led and (wake_at := self._dispatcher.wake_at) > self._decided_at:
             at = min(at, wake_at)
         return max(at, self.now)
+
+    def _is_stale(self, on: int, name: str, version: int) -> bool:
+        """Nothing would happen then."""
+        if on == _On.NODE:
+            return self._nodes[NodeId(name)].version != version
+        return on == _On.DEADLINE and TaskId(name) not in self._open
 
     def _at(self, at: float, on: _On, name: str = "", version: int = 0) -> None:
         if at < FOREVER:

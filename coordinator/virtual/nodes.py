@@ -246,8 +246,10 @@ class VirtualNode:
             # Features are made first; what a job has done of them is done.
             both_s = work.n_feature_tokens * feature_s + work.n_tune_tokens * tune_s
             return (fresh_s + both_s * left) * task.true_factor, 0.0
-        alone_s = fresh_s + work.n_prompt_tokens * prompt_s
-        return alone_s * task.true_factor, work.n_tokens * token_s * task.true_factor
+        alone_s, answer_s = fresh_s + work.n_prompt_tokens * prompt_s, work.n_tokens * token_s
+        if self.spec.slots == 1:  # nobody to share a step with: one stretch of work, half the events
+            alone_s, answer_s = alone_s + answer_s, 0.0
+        return alone_s * task.true_factor, answer_s * task.true_factor
 
     def _keep(self, name: str | None) -> None:
         if name is not None:
