@@ -17,7 +17,7 @@ from coordinator.publish import announce, event
 from coordinator.task import CANCELLED_BY_CLIENT, Task
 from coordinator.term import Term
 from mesh.core import FOREVER, Effect, Send
-from mesh.ids import Epoch, NodeId
+from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, AttemptEnded, AttemptId, CancelAttempt, Outcome, TaskState
 
 __all__ = ["Attempts", "AttemptsConfig", "Settle", "own_outcome"]
@@ -79,12 +79,12 @@ class Attempts:
             assert task is not None, f"decided about task {decision.task}, which is not in the ledger"
             self._explanations.note(task.id, decision, now)
             match decision:
-                case Start(node=node):
-                    effects += self._assign(task, node, now)
+                case Start(node=node, after=after):
+                    effects += self._assign(task, node, now, pauses=after)
                 case Drop(reason=reason):
                     effects += self._end(task, "rejected", reason, now)
                 case _:
-                    pass  # giving way is the engine's own doing on a real node
+                    pass  # the worker pauses one for the other (``Assign.pauses``), and resumes it by itself
         return effects
 
     def attend(self, task: Task, now: float) -> list[Effect]:
@@ -219,7 +219,7 @@ class Attempts:
     def _may_try(self, task: Task) -> bool:
         return task.failures < self._config.failures_max and task.attempt < _ATTEMPT_MAX
 
-    def _assign(self, task: Task, node: NodeId, now: float) -> list[Effect]:
+    def _assign(self, task: Task, node: NodeId, now: float, *, pauses: TaskId | None = None) -> list[Effect]:
         assert task.is_acknowledged, f"task {task.id} is not durable yet"
         assert task.deadline_at > now, f"task {task.id} is expired and must not start"
         if task.attempt >= _ATTEMPT_MAX:
@@ -227,7 +227,7 @@ class Attempts:
         task.avoid = {other: until for other, until in task.avoid.items() if until > now}
         with self._ledger.changing(task):
             task.assign(node, task.attempt + 1, self._epoch, now)
-            task.waits_for = None
+            task.waits_for, task.pauses = None, pauses
         return [self._order(task, node, now), *announce(task, self._epoch, now)]
 
     def _order(self, task: Task, node: NodeId, now: float) -> Effect:
@@ -240,6 +240,7 @@ class Attempts:
             submit=task.submit,
             budget_s=task.budget_s(now),
             queue_s=task.queue_s(now),
+            pauses=task.pauses,
         )
         return Send(node, order)
 

@@ -9,7 +9,7 @@ need no code of their own here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from coordinator.cluster import Cluster, Node
 from coordinator.explanations import Explanations
@@ -44,8 +44,7 @@ class Placing:
     ) -> None:
         self._ledger = ledger
         self._cluster = cluster
-        # Workers cannot let one generation stand still for another yet: they refuse what exceeds their slots.
-        self._dispatcher = Dispatcher(replace(policy, preempt=False), cost, config)
+        self._dispatcher = Dispatcher(policy, cost, config)
         self._cost = cost
         self._explanations = explanations
         self._changed_nodes = cluster.watch()
@@ -198,6 +197,7 @@ def _view_of(node: Node) -> NodeView | None:
         slots=node.slots,
         has=_Has(node.id, info.model, tuple(info.also_called), frozenset(info.adapters)),
         is_ready=node.may_start,
+        can_pause=info.can_pause,
         tunes_beside=True,
     )
 

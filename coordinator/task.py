@@ -130,6 +130,8 @@ class Task:
     assign_again_at: float = FOREVER
     asked: int = 0
     """``Assign``s sent for this attempt."""
+    pauses: TaskId | None = None
+    """Which attempt on the node stands still for this one, if its slots were taken."""
     failures: int = 0
     refusals: int = 0
     over: list[tuple[int, Epoch]] = field(default_factory=list)

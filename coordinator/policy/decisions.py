@@ -31,6 +31,8 @@ class NodeView:
     """``False``: here, but takes nothing now (loading, draining). Its tasks are not hopeless for that."""
     tunes_max: int = 1
     """Tuning tasks at once: they do not share steps, so a second one only waits on the node."""
+    can_pause: bool = True
+    """Lets one generation stand still for another."""
     tunes_beside: bool = False
     """Its engine itself runs tuning between the steps of inference: nothing has to be paused."""
 

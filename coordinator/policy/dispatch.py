@@ -196,7 +196,7 @@ class Dispatcher:
         node = self._stops(task)
         row = self._nodes.row(node)
         running, rows = self._nodes.end(row, task, now)
-        if observed is not None:
+        if observed is not None and not running.stood_s:  # else much of its time was another's
             self.cost.learn(
                 running.job.work,
                 node,
@@ -451,13 +451,13 @@ class Dispatcher:
 
     def _interruptible(self) -> list[Running]:
         """Generation on full nodes, where none stands still already."""
-        return [
-            running
-            for row in np.flatnonzero(~self._nodes.has_room)
-            if self._nodes.ids[row] not in self._paused and self._nodes.view(int(row)).is_ready
-            for running in self._nodes.running(int(row)).values()
-            if running.job.work.kind == "generate" and not running.is_paused
-        ]
+        found: list[Running] = []
+        for row in map(int, np.flatnonzero(~self._nodes.has_room)):
+            view = self._nodes.view(row)
+            if view.can_pause and view.is_ready and view.id not in self._paused:
+                running = self._nodes.running(row).values()
+                found += [one for one in running if one.job.work.kind == "generate" and not one.is_paused]
+        return found
 
     def _pairs(self, newcomers: list[TaskId], runners: list[Running], now: float) -> Pairs:
         """Which newcomers may go before which runners: the rule, for all pairs at once."""

@@ -20,6 +20,7 @@ from coordinator.facts import (
     StopAttempt,
 )
 from coordinator.holder import Holder
+from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore, StoreConfig
 from coordinator.worker import Worker
@@ -61,6 +62,7 @@ def info(node: str, *, slots: int = 2, model: str | None = MODEL, adapters: tupl
         adapters=list(adapters),
         slots=slots,
         context_tokens=2048,
+        can_pause=True,
     )
 
 
@@ -118,6 +120,7 @@ class World:
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
     disk: StoreConfig = field(default_factory=StoreConfig)
     slots: int = 2
+    policy: Policy = POLICIES[DEFAULT_POLICY]
     answer: Callable[[Assign], Outcome] = answer_of
 
     now: float = 0.0
@@ -148,14 +151,19 @@ class World:
             host.store = RecordStore(now=self.now, journal=host.journal, config=self.disk)
             rng = Random(f"{self.seed}/{name}/{host.incarnation}")
             host.scheduler = Scheduler(
-                me=host.node, fence=host.fence, store=host.store, rng=rng, config=self.config
+                me=host.node,
+                fence=host.fence,
+                store=host.store,
+                rng=rng,
+                config=self.config,
+                policy=self.policy,
             )
             host.worker = Worker(me=host.node, fence=host.fence, store=host.store, now=self.now)
             host.stack = Stack(
                 [host.scheduler, Holder(me=host.node, fence=host.fence, store=host.store), host.worker]
             )
         for name in nodes:
-            self.learn(name, EngineReady(MODEL, 2048, self.slots))
+            self.learn(name, EngineReady(MODEL, 2048, self.slots, can_pause=True))
             for other in self.up:
                 self._introduce(self.hosts[NodeId(name)], other)
                 self._introduce(other, self.hosts[NodeId(name)])
