@@ -84,7 +84,7 @@ class TaskDecision:
     service_s: float | None = None
     """Expected from start to end."""
     n_waiting: int | None = None
-    """How many tasks waited then, this one among them."""
+    """How many others waited then."""
     candidates: list[CandidateNode] = field(default_factory=list)
     """The taken one first, then by expected end."""
     n_candidates: int = 0

@@ -51,7 +51,8 @@ def verb_line(decision: TaskDecision) -> str:
     """What was decided, when and why."""
     when = "now" if decision.verb == "wait" else f"{seconds_text(decision.age_s)} ago"
     what = _VERBS[decision.verb].format(node=decision.node)
-    return f"{when}  {what}: {decision.words}" if decision.words else f"{when}  {what}"
+    words = decision.words.removeprefix(f"on {decision.node}: ")  # said once is enough
+    return f"{when}  {what}: {words}" if words else f"{when}  {what}"
 
 
 def number_line(decision: TaskDecision) -> str | None:
@@ -71,7 +72,7 @@ def number_line(decision: TaskDecision) -> str | None:
             cost = f" (costs others {_seconds(decision.cost_s)})"
         parts.append(f"takes {_seconds(decision.service_s)}{cost}")
     if decision.n_waiting is not None:
-        parts.append(f"{decision.n_waiting} waiting")
+        parts.append(f"{decision.n_waiting} others waiting")
     if decision.policy is not None:
         parts.append(f"policy {decision.policy}")
     return " · ".join(parts) or None

@@ -15,8 +15,8 @@ PI, SERVER = NodeId("pi"), NodeId("server")
 T1 = TaskId("t-1")
 EPOCH = Epoch(4, PI)
 START = TaskDecision(
-    verb="start", age_s=2.5, words="the server ends it soonest", node=SERVER, policy="vdf", score=1.25,
-    density=2.0,
+    verb="start", age_s=2.5, words="on server: the server ends it soonest", node=SERVER, policy="vdf",
+    score=1.25, density=2.0,
     laxity_s=-0.75, cost_s=0.5, service_s=12.0, n_waiting=3,
     candidates=[
         CandidateNode(node=SERVER, service_s=12.0, why_not=None, parts={"adapter_load": 0.0, "decode": 12.0}),
@@ -33,7 +33,7 @@ TOLD = TaskExplanation(
 def test_a_start_is_told_with_its_numbers_and_every_candidate() -> None:
     assert verb_line(START) == "2.5 s ago  started on server: the server ends it soonest"
     assert number_line(START) == (
-        "density 2/s · slack -0.75 s · score 1.25 · takes 12.0 s (costs others 0.50 s) · 3 waiting"
+        "density 2/s · slack -0.75 s · score 1.25 · takes 12.0 s (costs others 0.50 s) · 3 others waiting"
         " · policy vdf"
     )
     assert candidate_rows(START) == [
