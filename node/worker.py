@@ -92,6 +92,7 @@ _EXIT_S = 2.0  # the child leaves at once when its input ends; if not, it hangs 
 _RATE_WINDOW_S = 5.0
 _LOG_LINE_BYTES = 4096
 _PRESSING = 0.25  # of recent deadlines missed: then a few seconds of loading are worth a faster format
+_UNBOUNDED = 1 << 62
 _LAST_WORDS = 5  # lines of the child's complaint repeated in the reason of its end
 
 
@@ -353,7 +354,8 @@ class ComputeWorker:
             home = Path(self._load.models_dir) / source.slug
             weights = source.path if source.kind == "directory" and source.path is not None else home
             on_cpu = self._ready.device == "cpu"
-            choice = choose_here(weights, home, "auto", on_cpu=on_cpu, deadline_pressure=pressure)
+            # The child's memory comes back before the next one loads.
+            choice = choose_here(weights, home, "auto", _UNBOUNDED, on_cpu=on_cpu, deadline_pressure=pressure)
         except (OSError, ValueError, ConfigError):  # no weights, as echo, or the child's to complain of
             return
         if choice.precision in (None, self._ready.precision):

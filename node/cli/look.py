@@ -194,7 +194,7 @@ def models(context: click.Context, /, is_json: bool, **flags: Any) -> None:
 @settings_flags("state_dir", "precision")
 def models_show(name: str | None, measure: bool, is_json: bool, **flags: Any) -> None:
     """Show the weight formats of model NAME, and which one this device would load and why."""
-    from node.compute.backbone.precision import choose_precision, format_bytes, read_speeds
+    from node.compute.backbone.precision import choose_here, read_speeds
     from node.compute.models import DEFAULT_MODEL, read_manifest, resolve
     from node.faces.console import table_out
     from node.profile import memory_free_bytes
@@ -213,8 +213,7 @@ def models_show(name: str | None, measure: bool, is_json: bool, **flags: Any) ->
     if measure:
         _measure_speeds(directory, home)
     speeds = read_speeds(home)
-    pinned = None if chosen.settings.precision == "auto" else chosen.settings.precision
-    choice = choose_precision(memory_free_bytes(), format_bytes(directory), speeds, pinned)
+    choice = choose_here(directory, home, chosen.settings.precision, memory_free_bytes())
     if is_json:
         click.echo(json.dumps({"model": source.name, **asdict(choice)}))
         return

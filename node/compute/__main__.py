@@ -297,6 +297,7 @@ def _choose(
         directory,
         home,
         load.precision,
+        memory_free_bytes(),
         formats=formats,
         on_cpu=on_cpu,
         deadline_pressure=load.deadline_pressure,

@@ -30,6 +30,7 @@ from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import Assign, Submit
 from node import worker as worker_module
 from node.compute import __main__ as compute_module
+from node.compute.backbone.precision import Speed, write_speeds
 from node.compute.messages import (
     LENGTH_BYTES,
     Load,
@@ -39,7 +40,9 @@ from node.compute.messages import (
     frame_size,
     read_frame,
 )
+from node.compute.models import resolve
 from node.worker import COMMAND, ComputeWorker, pause_s
+from tests.tiny import tiny_llama
 
 EPOCH = Epoch(3, NodeId("node-1"))
 LONG_S = 20.0  # a bound on waiting, not a wait: a loaded machine starts Python in seconds
@@ -207,6 +210,22 @@ async def test_a_child_that_dies_at_start_is_reported_with_its_last_words(
             assert "exit code 1" in (await facts.next(EngineLost)).reason
         await until(lambda: "again in" in worker.activity and " 0 s" not in worker.activity)
         assert worker.activity.split()[-2] >= "150", "after five quick ends it waits minutes"
+
+
+async def test_missed_deadlines_bring_a_faster_format_between_two_tasks(tmp_path: Path) -> None:
+    model = str(tiny_llama(tmp_path / "model"))
+    # A sixth is not worth int8 where nobody hurries, and is where half of the deadlines are missed.
+    speeds = {"fp32": Speed(100.0, 1000.0), "int8": Speed(120.0, 1000.0)}
+    async with compute(model, tmp_path) as (worker, facts):
+        assert (await facts.next(EngineReady)).precision == "fp32"
+        write_speeds(tmp_path / resolve(model).slug, speeds)
+        for number in range(8):
+            order = start(f"t{number}", "w1 w2", max_tokens=2)
+            worker.carry_out(StartAttempt(replace(order.assign, budget_s=1e-6 if number % 2 else 60.0)))
+            await facts.next(AttemptFinished)
+        again = await facts.next(EngineReady)
+        assert again.precision == "int8" and "deadline presses" in again.precision_reason
+        assert [fact.reason for fact in facts.all if isinstance(fact, EngineLost)] == ["exit code 0"]
 
 
 def test_pauses_double_with_jitter_and_become_long() -> None:

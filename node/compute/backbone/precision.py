@@ -1,7 +1,7 @@
 """Which weight format to load: from the memory there is, what each was measured to do here, and the hurry.
 
-Pure but for two files: the header of the weights (how many bytes each format will take) and what
-``node.compute.backbone.speed`` measured on this machine. Nothing here imports torch, so that
+Pure but for ``choose_here``, which reads two files: the header of the weights (how many bytes each format will
+take) and what ``node.compute.backbone.speed`` measured on this machine. Nothing here imports torch, so that
 ``edgemesh models show`` answers at once.
 
 Formats stand in order of exactness. The most exact one that fits is taken, unless a less exact one is
@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "Choice",
     "Row",
     "Speed",
+    "choose_here",
     "choose_precision",
     "format_bytes",
     "machine_key",
@@ -149,6 +150,25 @@ def choose_precision(
     if not speeds:
         why += "; speeds on this machine are not measured yet"
     return Choice(chosen.precision, why, table)
+
+
+def choose_here(
+    directory: Path,
+    home: Path,
+    wanted: str,
+    free_bytes: int,
+    *,
+    formats: Collection[str] = PRECISIONS,
+    on_cpu: bool = True,
+    deadline_pressure: float = 0.0,
+) -> Choice:
+    """``choose_precision`` from the files: sizes of the weights, and speeds measured here.
+
+    ``wanted``: a format, or ``auto``. ``directory`` holds the weights, ``home`` what was measured.
+    """
+    sizes = {name: size for name, size in format_bytes(directory, on_cpu).items() if name in formats}
+    pinned = None if wanted == "auto" else wanted
+    return choose_precision(free_bytes, sizes, read_speeds(home), pinned, deadline_pressure)
 
 
 def _instead(table: tuple[Row, ...]) -> str:
