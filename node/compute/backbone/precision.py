@@ -1,8 +1,8 @@
 """Which weight format to load: from the memory there is, what each was measured to do here, and the hurry.
 
-Pure but for ``choose_here``, which reads two files: the header of the weights (how many bytes each format will
-take) and what ``node.compute.backbone.speed`` measured on this machine. Nothing here imports torch, so that
-``edgemesh models show`` answers at once.
+Pure but for ``choose_here``, which reads two files: the header of the weights (how many bytes each format
+will take) and what ``node.compute.backbone.speed`` measured on this machine. Nothing here imports torch, so
+that ``edgemesh models show`` answers at once.
 
 Formats stand in order of exactness. The most exact one that fits is taken, unless a less exact one is
 faster by enough to be worth its error: by a quarter of a noticeable wait when nobody hurries, by anything
