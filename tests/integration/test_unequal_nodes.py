@@ -125,7 +125,7 @@ async def test_what_is_done_in_one_step_takes_so_many_times_as_long_too(tiny: Pa
 
 
 async def test_a_played_device_is_cancelled_as_quickly_as_any(tiny: Path, tmp_path: Path) -> None:
-    """A step of a millisecond rests for a second; the cancellation does not."""
+    """Steps of some milliseconds rest for seconds; the cancellation does not."""
     async with process(tiny, tmp_path, 1000) as played:
         await played.next(EngineReady)
         task = played.start(prompt="w1 w2", max_tokens=200)
@@ -134,7 +134,7 @@ async def test_a_played_device_is_cancelled_as_quickly_as_any(tiny: Path, tmp_pa
         played.worker.carry_out(StopAttempt(task, 1, "cancelled by the client"))
         outcome = (await played.next(AttemptFinished)).outcome
         assert outcome.state == "cancelled"
-        assert time.monotonic() - asked_at < 0.5
+        assert time.monotonic() - asked_at < 1.0
 
 
 async def test_a_node_serves_with_a_guess_and_says_what_it_measured_when_it_had_time(
