@@ -168,7 +168,9 @@ def foresees(scene: Scene) -> Bools:
         worth(recent.value, recent.value, PROMISE),
         recent.best_s,
     )
-    return kept(worth(scene.value, recent.value, PROMISE), scene.best_s, _due_in_s(scene), ahead, _pool(scene))
+    return kept(
+        worth(scene.value, recent.value, PROMISE), scene.best_s, _due_in_s(scene), ahead, _pool(scene)
+    )
 
 
 def fits(scene: Scene) -> Bools:
