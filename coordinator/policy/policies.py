@@ -89,6 +89,8 @@ class Policy:
     """Running fine-tuning gives way between chunks to what scores higher."""
     preempt: bool = False
     """Running generation gives way between tokens to at least twice its density."""
+    preempts_late: bool = False
+    """With ``preempt``: only for a newcomer that would end too late after the runner."""
     keeps: Callable[[Scene], Bools] | None = None
     """(n,) Which tasks may start at all now; the rest wait. For policies that select before they order. Asked
     once a decision about all waiting tasks, with (n, 1) costs: on the best node, alone."""
@@ -212,6 +214,7 @@ _BASE: Final = (
         drop=True,
         chunk=True,
         preempt=True,
+        preempts_late=True,
     ),
 )
 

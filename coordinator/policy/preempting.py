@@ -55,8 +55,14 @@ class Pairs:
         *,
         mean_s: float,
         ratio: float,
+        margin: float = 1.0,
+        only_late: bool = False,
     ) -> Pairs:
         """Apply the rule to the waiting tasks ``rows`` (k), as if each runner alone stood still.
+
+        Args:
+            margin: Times the estimates, both must end in time.
+            only_late: Newcomers that end in time after the runner wait for it.
 
         Cost: about 20 passes over k * r numbers.
         """
@@ -76,8 +82,11 @@ class Pairs:
         theirs = value_density(np.array([runner.job.value for runner in runners]), left_s) * slack_discount(
             laxity, mean, SLACK_K
         )
-        may = may_preempt(ours, theirs, priced.finish_s, left_s, runner_deadline_in_s, ratio)
-        may &= priced.finish_s <= deadline_in_s
+        ends_s, after_s = margin * priced.finish_s, margin * left_s
+        may = may_preempt(ours, theirs, ends_s, after_s, runner_deadline_in_s, ratio)
+        may &= ends_s <= deadline_in_s
+        if only_late:
+            may &= ends_s + after_s > deadline_in_s
         found = np.flatnonzero(may.any(axis=1)).tolist()
         return cls(
             runners,
