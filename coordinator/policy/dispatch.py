@@ -43,6 +43,8 @@ from mesh.ids import NodeId, TaskId
 
 __all__ = ["DispatchConfig", "Dispatcher"]
 
+_PATIENT_CHUNKS: Final = 4
+"""Chunks between two looks at tuning that runs on, while nobody comes."""
 _TUNE: Final = KINDS.index("tune")
 
 
@@ -171,6 +173,9 @@ class Dispatcher:
             heapq.heappush(self._hopeless, (job.deadline_at - certain_s, job.task))
             self._tidy()
         self._newcomers.append(job.task)
+        for task, at in self._yielding.items():
+            row = self._nodes.row(self._runs_on[task])
+            self._yielding[task] = min(at, self._chunk_end(self._nodes.running(row)[task], now))
         self._recent.add(job, best_s)
 
     def withdraw(self, task: TaskId, now: float) -> None:
@@ -385,13 +390,14 @@ class Dispatcher:
     def _end_chunks(self, tasks: list[TaskId], now: float) -> list[Decision]:
         """Tuning on a full node gives way to what scores higher, at the end of its chunk.
 
-        Compared just before each end, so nobody waits for more than one chunk.
+        Compared just before the end if somebody came since, who so waits for one chunk at most, and now and
+        then anyway: who waits grows urgent.
         """
         decisions: list[Decision] = []
         for task in tasks:
             row = self._nodes.row(self._runs_on[task])
             runner = self._nodes.running(row)[task]
-            self._yielding[task] = self._chunk_end(runner, now)
+            self._yielding[task] = self._chunk_end(runner, now) + _PATIENT_CHUNKS * self._config.chunk_s
             if not self._nodes.has_room[row] and not runner.is_pausing and len(self._jobs):
                 decisions += self._contest(runner, row, now)
         return decisions
@@ -467,7 +473,15 @@ class Dispatcher:
         )
         rows = rows[is_eligible][: max(1, PAIRS_MAX // len(runners))]
         return Pairs.found(
-            self._jobs, self._nodes, rows, runners, now, mean_s=self._mean_s, ratio=self._config.preempt_ratio
+            self._jobs,
+            self._nodes,
+            rows,
+            runners,
+            now,
+            mean_s=self._mean_s,
+            ratio=self._config.preempt_ratio,
+            margin=self.policy.margin,
+            only_late=self.policy.preempts_late,
         )
 
     def _interrupt(self, task: TaskId, runner: Running, now: float) -> list[Decision]:

@@ -19,8 +19,10 @@ from mesh.ids import TaskId
 
 __all__ = ["JobTable"]
 
-_FLOATS = ("value", "deadline_at", "arrived_at", "patience_s", "best_s")
-_INTS = ("kind", "needs", "reuse")
+_COLUMNS = ("value", "deadline_at", "arrived_at", "patience_s", "best_s")
+_NUMBERS = ("kind", "needs", "reuse")
+_AT = {name: at for at, name in enumerate(_COLUMNS)}
+_NUMBER_AT = {name: at for at, name in enumerate(_NUMBERS)}
 _ANSWERS = [PARTS.index("decode"), PARTS.index("tune")]
 _FEATURES = PARTS.index("features")
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
@@ -31,8 +33,8 @@ class JobTable:
 
     def __init__(self) -> None:
         self._capacity = 64
-        self._floats = {name: np.zeros(self._capacity) for name in _FLOATS}
-        self._ints = {name: np.zeros(self._capacity, np.intp) for name in _INTS}
+        self._columns = np.zeros((len(_COLUMNS), self._capacity))
+        self._numbers = np.zeros((len(_NUMBERS), self._capacity), np.intp)
         self._amounts = np.zeros((len(PARTS), self._capacity))
         self._kept = np.ones(self._capacity, np.bool_)
         self.jobs: list[Job] = []
@@ -60,10 +62,14 @@ class JobTable:
         return None if row is None else self.jobs[row]
 
     def column(self, name: str) -> Floats:
-        return self._floats[name][: len(self.jobs)]
+        return self._columns[_AT[name], : len(self.jobs)]
+
+    def columns(self, rows: NDArray[np.intp] | slice) -> Floats:
+        """(5, n) Value, deadline, arrival, patience and best service of some rows."""
+        return self._columns[:, : len(self.jobs)][:, rows]
 
     def numbers(self, name: str) -> NDArray[np.intp]:
-        return self._ints[name][: len(self.jobs)]
+        return self._numbers[_NUMBER_AT[name], : len(self.jobs)]
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -87,26 +93,25 @@ class JobTable:
         self._tally(job, 1)
         if job.avoid:
             self.avoiding.add(job.task)
-        floats, ints = self._floats, self._ints
-        floats["value"][row] = job.value
-        floats["deadline_at"][row] = job.arrived_at + patience_s if is_virtual else job.deadline_at
-        floats["arrived_at"][row] = job.arrived_at
-        floats["patience_s"][row] = patience_s if is_virtual else FOREVER
-        floats["best_s"][row] = best_s
-        ints["kind"][row] = _KIND_NUMBER[job.work.kind]
-        ints["needs"][row] = needs
-        ints["reuse"][row] = reuse
+        self._columns[:, row] = (
+            job.value,
+            job.arrived_at + patience_s if is_virtual else job.deadline_at,
+            job.arrived_at,
+            patience_s if is_virtual else FOREVER,
+            best_s,
+        )
+        self._numbers[:, row] = (_KIND_NUMBER[job.work.kind], needs, reuse)
         self._amounts[:, row] = amounts_of(job.work)
         self._kept[row] = True
         return row
 
     def rate(self, row: int, best_s: float, patience_s: float) -> None:
         """Note what the task takes at best, and the patience of a task without a deadline that follows."""
-        self._floats["best_s"][row] = best_s
+        self._columns[_AT["best_s"], row] = best_s
         job = self.jobs[row]
         if job.deadline_at == FOREVER:
-            self._floats["patience_s"][row] = patience_s
-            self._floats["deadline_at"][row] = job.arrived_at + patience_s
+            self._columns[_AT["patience_s"], row] = patience_s
+            self._columns[_AT["deadline_at"], row] = job.arrived_at + patience_s
 
     def keep_left(self, row: int, share: float) -> None:
         """Only this share of the row's answer and training is left, see ``Work.left``."""
@@ -118,22 +123,22 @@ class JobTable:
         """Take a row out; the job, its needs' and its reuse's numbers come back."""
         row = self._row.pop(task)
         job, last = self.jobs[row], len(self.jobs) - 1
-        needs, reuse = int(self._ints["needs"][row]), int(self._ints["reuse"][row])
+        needs, reuse = int(self._numbers[1, row]), int(self._numbers[2, row])
         self._tally(job, -1)
         self.avoiding.discard(task)
         if row != last:
             self.jobs[row] = self.jobs[last]
             self._row[self.jobs[row].task] = row
-            for column in (*self._floats.values(), *self._ints.values(), self._kept):
-                column[row] = column[last]
-            self._amounts[:, row] = self._amounts[:, last]
+            for table in (self._columns, self._numbers, self._amounts):
+                table[:, row] = table[:, last]
+            self._kept[row] = self._kept[last]
         self.jobs.pop()
         return job, needs, reuse
 
     def tie_of(self, row: int) -> tuple[float, str, TaskId]:
         """Deadline, then ``tie``, then id: two rows never have the same."""
         job = self.jobs[row]
-        return float(self._floats["deadline_at"][row]), job.tie, job.task
+        return float(self._columns[_AT["deadline_at"], row]), job.tie, job.task
 
     def _tally(self, job: Job, by: int) -> None:
         work = job.work
@@ -143,9 +148,7 @@ class JobTable:
 
     def _grow(self) -> None:
         self._capacity *= 2
-        for name, floats in self._floats.items():
-            self._floats[name] = np.resize(floats, self._capacity)
-        for name, ints in self._ints.items():
-            self._ints[name] = np.resize(ints, self._capacity)
-        self._kept = np.resize(self._kept, self._capacity)
+        self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
+        self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)], axis=1)
         self._amounts = np.concatenate([self._amounts, np.zeros_like(self._amounts)], axis=1)
+        self._kept = np.concatenate([self._kept, np.ones_like(self._kept)])

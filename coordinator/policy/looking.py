@@ -90,8 +90,7 @@ def _scene(
     mean_s: Floats,
     recent: RecentTasks,
 ) -> Scene:
-    deadline_at, patience_s = jobs.column("deadline_at")[rows], jobs.column("patience_s")[rows]
-    value = jobs.column("value")[rows]
+    value, deadline_at, arrived_at, patience_s, best_s = jobs.columns(rows)
     if jobs.n_virtual:
         value = value * age_factor(now, deadline_at, patience_s)
     return Scene(
@@ -99,11 +98,11 @@ def _scene(
         value=value,
         deadline_at=deadline_at,
         is_virtual=patience_s < np.inf,
-        arrived_at=jobs.column("arrived_at")[rows],
+        arrived_at=arrived_at,
         cost_s=priced.cost_s,
         finish_s=priced.finish_s,
         mean_s=mean_s,
-        best_s=jobs.column("best_s")[rows],
+        best_s=best_s,
         open_nodes=columns,
         room_in_s=lambda: nodes.room_in_s(now),
         capacity=lambda: nodes.capacity(_mean(jobs.amounts.T)),
@@ -116,15 +115,22 @@ def _allowed(
     policy: Policy, jobs: JobTable, nodes: NodeTable, rows: Rows, scene: Scene, priced: Prices
 ) -> NDArray[np.bool_]:
     """(n, m) Where a start breaks no promise."""
-    allowed: NDArray[np.bool_] = (scene.finish_s < np.inf) & nodes.has_room[scene.open_nodes]
+    allowed: NDArray[np.bool_]
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
-        is_in_time = scene.finish_s * policy.margin <= left_s
+        likely_s = scene.finish_s if policy.margin == 1.0 else scene.finish_s * policy.margin
+        allowed = likely_s <= left_s
         if not nodes.knows_everything:
-            is_in_time |= ~priced.is_known & (left_s > 0)
+            allowed |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
-            is_in_time |= scene.is_virtual[:, None]
-        allowed &= is_in_time
+            allowed |= scene.is_virtual[:, None]
+    else:
+        allowed = np.ones(scene.finish_s.shape, np.bool_)
+    if not nodes.has_everything:
+        allowed &= scene.finish_s < np.inf
+    has_room = nodes.has_room[scene.open_nodes]
+    if not has_room.all():
+        allowed &= has_room
     if policy.keeps is not None:
         allowed &= jobs.kept[rows][:, None]
     if jobs.n_tunes and not nodes.has_tune_room[scene.open_nodes].all():

@@ -26,7 +26,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one decision is made from, while it is made. n waiting tasks, m nodes with room, M nodes in all."""
+    """What one decision is made from, during it. n waiting tasks, m nodes with room, M nodes in all."""
 
     now: float
     value: Floats
