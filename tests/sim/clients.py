@@ -18,6 +18,7 @@ __all__ = ["Asked", "SimClient", "clients_of"]
 
 ASK_AGAIN_S = 1.5
 TUNE_EVERY = 5
+URGENT_EVERY = 6  # worth enough that others stand still for them
 
 
 @dataclass(slots=True)
@@ -99,6 +100,7 @@ class SimClient:
             submit = Submit(
                 id=TaskId(f"{self.name}-{index}"),
                 **work,
+                value=20.0 if index % URGENT_EVERY == 1 else 1.0,
                 deadline_s=rng.uniform(2, 30) if rng.random() < 0.25 else None,
                 reply_to=self._reply_to if rng.random() < 0.3 else None,
             )

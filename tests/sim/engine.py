@@ -16,12 +16,14 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    PauseAttempt,
+    ResumeAttempt,
     StartAttempt,
     StopAttempt,
 )
 from mesh.core import Fact
 from mesh.facts import OwnInfo, OwnReport
-from mesh.messages import AdapterCard, Assign, NodeInfo, NodeReport, Outcome, Output, TaskProgress
+from mesh.messages import AdapterCard, Assign, NodeInfo, NodeRates, NodeReport, Outcome, Output, TaskProgress
 from tests.sim.world import Life
 
 __all__ = ["MODEL", "EngineShell", "info_of"]
@@ -29,6 +31,14 @@ __all__ = ["MODEL", "EngineShell", "info_of"]
 MODEL = "toy"
 CONTEXT_TOKENS = 4096
 REPORT_EVERY_S = 1.0
+# Near enough to the mean time of an attempt: 256 tokens are expected where nothing else is known.
+RATES = NodeRates(
+    prefill_tokens_per_s=1e4,
+    decode_tokens_per_s=256.0,
+    row_cost=0.5,
+    tune_tokens_per_s=100.0,
+    features_tokens_per_s=1e4,
+)
 ENGINE_AGAIN_S = 1.0
 
 
@@ -50,6 +60,8 @@ def info_of(node: str, slots: int = 0) -> NodeInfo:
         adapters=[],
         slots=slots,
         context_tokens=CONTEXT_TOKENS if slots else None,
+        can_pause=bool(slots),
+        rates=RATES,
     )
 
 
@@ -59,6 +71,8 @@ class _Engine:
     is_ready: bool = False
     is_draining: bool = False
     running: dict[tuple[str, int], Assign] = field(default_factory=dict)
+    paused: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """Of those that run, the ones that stand still -> whether they would have ended meanwhile."""
 
 
 class EngineShell:
@@ -84,6 +98,7 @@ class EngineShell:
         if engine.is_ready:
             engine.is_ready = False
             engine.running.clear()
+            engine.paused.clear()
             life.world.note("engine lost", life)
             life.learn(EngineLost("killed"))
             life.world.queue.after(ENGINE_AGAIN_S, self._load, life)
@@ -95,6 +110,8 @@ class EngineShell:
         match fact:
             case StartAttempt(assign=assign):
                 engine.running[assign.task, assign.attempt] = assign
+                n_computing = len(engine.running) - len(engine.paused)
+                assert n_computing <= engine.slots, f"{n_computing} at once in {engine.slots} slots"
                 service_s = self._rng.expovariate(1.0) * self._service_s
                 life.world.queue.after(service_s * 0.5, self._text, life, assign)
                 life.world.queue.after(service_s, self._finish, life, assign, "done")
@@ -104,6 +121,14 @@ class EngineShell:
                     life.world.queue.after(
                         self._rng.uniform(0, 0.2), self._finish, life, stopped, "cancelled"
                     )
+            case PauseAttempt(task=task, attempt=attempt):
+                assert not engine.paused, "one stands still at a time"
+                if (task, attempt) in engine.running:
+                    engine.paused[task, attempt] = False
+                    life.world.note("paused", life)
+            case ResumeAttempt(task=task, attempt=attempt):
+                if engine.paused.pop((task, attempt), False):
+                    self._finish(life, engine.running[task, attempt], "done")
             case DrainChanged(draining=draining):
                 engine.is_draining = draining
             case _:
@@ -114,7 +139,7 @@ class EngineShell:
         if engine is None or not life.is_alive:
             return
         engine.is_ready = True
-        life.learn(EngineReady(MODEL, CONTEXT_TOKENS, engine.slots))
+        life.learn(EngineReady(MODEL, CONTEXT_TOKENS, engine.slots, can_pause=True))
         life.learn(OwnInfo(info_of(life.name, engine.slots)))
 
     def _report(self, life: Life) -> None:
@@ -137,7 +162,12 @@ class EngineShell:
     def _finish(self, life: Life, assign: Assign, state: Any) -> None:
         if not self._is_running(life, assign):
             return
-        del self._engines[life.boot].running[assign.task, assign.attempt]
+        engine, key = self._engines[life.boot], (assign.task, assign.attempt)
+        if state == "done" and key in engine.paused:
+            engine.paused[key] = True
+            return
+        engine.paused.pop(key, None)
+        del engine.running[key]
         outcome = Outcome(
             state=state,
             text=f"{assign.task} by {life.name}/{life.boot} as {assign.attempt}",

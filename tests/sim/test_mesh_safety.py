@@ -235,6 +235,14 @@ def test_an_acknowledgement_before_the_second_disk_turns_the_loss_checker_red() 
     pytest.fail("60 seeds without a lost task: the checker is blind")
 
 
+def test_a_worker_whose_paused_attempts_never_go_on_turns_the_loss_checker_red() -> None:
+    def lost(mesh: Mesh) -> list[str]:
+        mesh.heal(within_s=HEALS_WITHIN_S)
+        return checkers.every_acknowledged_task_has_a_result(mesh.world.history)
+
+    planted("coordinator.worker.Worker._carry_on", lambda worker: [], storm, lost, n_seeds=100)
+
+
 def story(seed: int) -> str:
     mesh = storm(seed)
     mesh.heal(within_s=HEALS_WITHIN_S)
