@@ -33,6 +33,8 @@ ELECTION_S: Final = 2.0
 """From a coordinator's death until its successor decides: see docs/failure-semantics.md."""
 NOTICE_S: Final = 5.0
 """From a node's leaving without a word until its work is placed elsewhere."""
+REFUSED_S: Final = 1.0
+"""How long a node that refused a task is not asked again."""
 _PROGRESS_EVERY: Final = 256  # tasks
 
 Verb = Literal["arrive", "start", "pause", "gave_way", "resume", "lost", "end"]
@@ -141,7 +143,7 @@ class World:
         self._n_failovers = 0
         self._n_pauses = 0
         self._wasted_s = 0.0
-        self._nodes: dict[NodeId, VirtualNode] = {}
+        self.nodes: dict[NodeId, VirtualNode] = {}
         self._gone: set[NodeId] = set()
         self._noticed: set[NodeId] = set()
         """Nodes that the coordinator takes for present."""
@@ -189,7 +191,7 @@ class World:
     def _is_stale(self, on: int, name: str, version: int) -> bool:
         """Nothing would happen then."""
         if on == _On.NODE:
-            return self._nodes[NodeId(name)].version != version
+            return self.nodes[NodeId(name)].version != version
         return on == _On.DEADLINE and TaskId(name) not in self._open
 
     def _at(self, at: float, on: _On, name: str = "", version: int = 0) -> None:
@@ -199,13 +201,13 @@ class World:
     def _happen(self, on: _On, name: str, version: int) -> None:
         match on:
             case _On.NODE:
-                node = self._nodes[NodeId(name)]
+                node = self.nodes[NodeId(name)]
                 if node.version == version:
                     self._work(node)
             case _On.JOIN:
                 self._join(self._specs[NodeId(name)])
             case _On.LEAVE:
-                self._leave(self._nodes[NodeId(name)])
+                self._leave(self.nodes[NodeId(name)])
             case _On.NOTICE:
                 self._notice(NodeId(name))
             case _On.DEATH:
@@ -245,7 +247,7 @@ class World:
         if (known := self._open.get(task)) is None or task in self._unheard:
             return
         if known.node is not None:
-            node = self._nodes[known.node]
+            node = self.nodes[known.node]
             self._take_off(node.stop(task, self.now))
             self._look(node)
         if self._is_led:
@@ -299,8 +301,10 @@ class World:
         known.left *= attempt.left
         known.job = replace(known.job, work=known.job.work.left(share))
         known.node = None
-        if self._is_led:
+        if self._is_led and attempt.task.id in self._dispatcher:
             self._dispatcher.requeue(attempt.task.id, self.now, left=share)
+        elif self._is_led:  # it was told to by an earlier coordinator
+            self._dispatcher.add(known.job, self.now)
 
     def _take_off(self, attempt: Attempt | None) -> None:
         if attempt is not None:
@@ -311,7 +315,7 @@ class World:
         self._at(node.next_at(), _On.NODE, node.spec.id, node.version)
 
     def _join(self, spec: NodeSpec) -> None:
-        node = self._nodes[spec.id] = VirtualNode(spec, self.now)
+        node = self.nodes[spec.id] = VirtualNode(spec, self.now)
         self._noticed.add(spec.id)
         if self._is_led:
             self._dispatcher.put_node(_view(node))
@@ -338,26 +342,31 @@ class World:
 
     def _decide(self) -> None:
         self._decided_at = self.now
+        refused: set[TaskId] = set()
         for decision in self._dispatcher.decide(self.now):
             match decision:
+                case Start(task=task, node=name, after=after) if after in refused:
+                    self._dispatcher.requeue(task, self.now, avoid={name: self.now + REFUSED_S})
                 case Start(task=task, node=name):
                     self._start(task, name)
                 case Drop(task=task, reason=reason):
                     self._end(task, "rejected", reason)
-                case Pause(task=task, node=name):
+                case Pause(task=task, node=name) if self.nodes[name].may_pause(task):
                     self._n_pauses += 1
                     self._note("pause", task, name)
-                    node = self._nodes[name]
+                    node = self.nodes[name]
                     node.pause(task, self.now)
                     self._look(node)
+                case Pause(task=task):
+                    refused.add(task)
                 case Resume(task=task, node=name):
                     self._note("resume", task, name)
-                    node = self._nodes[name]
+                    node = self.nodes[name]
                     node.resume(task, self.now)
                     self._look(node)
 
     def _start(self, task: TaskId, name: NodeId) -> None:
-        known, node = self._open[task], self._nodes[name]
+        known, node = self._open[task], self.nodes[name]
         known.node = name
         self._note("start", task, name)
         if name in self._gone:
@@ -375,19 +384,21 @@ class World:
         """A new coordinator: it knows what is on disks, and hears what nodes run and have done."""
         assert self._failover_every_s is not None
         self._is_led = True
+        self._decided_at = -FOREVER
         self._dispatcher = self._make(self._policy)
         for name in sorted(self._noticed):
-            self._dispatcher.put_node(_view(self._nodes[name]))
+            self._dispatcher.put_node(_view(self.nodes[name]))
         for task in self._unheard:
             self._end(task, "done")
         self._unheard = []
         for known in self._open.values():
             if known.node is None:
                 self._dispatcher.add(known.job, self.now)
-            else:
+            elif not self.nodes[known.node].is_giving_way(known.task.id):
                 self._dispatcher.running(known.job, known.node, self.now)
-        for node in self._nodes.values():  # who pauses for whom, the old one alone knew
-            node.resume_all(self.now)
+        for node in self.nodes.values():  # who pauses for whom, the old one alone knew
+            for task in node.resume_all(self.now):
+                self._note("resume", task, node.spec.id)
             self._look(node)
         for unsaid in self._unsaid:
             self._accept(unsaid)
@@ -406,11 +417,11 @@ class World:
         present_s: dict[str, float] = {
             name: node.spec.slots
             * max(0.0, min(node.spec.leaves_at, self.now) - max(node.spec.joins_at, first_s))
-            for name, node in self._nodes.items()
+            for name, node in self.nodes.items()
         }
         return measured(
             self.ends,
-            busy_s={name: node.busy_s for name, node in self._nodes.items()},
+            busy_s={name: node.busy_s for name, node in self.nodes.items()},
             present_s=present_s,
             wasted_s=self._wasted_s,
             pauses=self._n_pauses,

@@ -52,7 +52,7 @@ class Attempt:
 
     @property
     def is_done(self) -> bool:
-        return self.alone_s + self.answer_s <= _NOTHING_S
+        return self.alone_s <= _NOTHING_S and self.answer_s <= _NOTHING_S
 
     @property
     def left(self) -> float:
@@ -109,6 +109,18 @@ class VirtualNode:
         self.coming.append(attempt)
         self._fill()
 
+    def may_pause(self, task: TaskId) -> bool:
+        """At most one stands aside at a time, as in ``node.worker``; tuning, which leaves, always may."""
+        attempt = self.running.get(task)
+        if attempt is not None and attempt.task.work.kind == "tune":
+            return True
+        return attempt is not None and not self.paused and not self.coming
+
+    def is_giving_way(self, task: TaskId) -> bool:
+        """Tuning in its last chunk here."""
+        attempt = self.running.get(task)
+        return attempt is not None and attempt.gives_way_at < FOREVER
+
     def pause(self, task: TaskId, now: float) -> None:
         """Have it give way: a tuning job at the end of its chunk, anything else at once."""
         self.advance(now)
@@ -130,14 +142,16 @@ class VirtualNode:
             self.coming.append(attempt)
             self._fill()
 
-    def resume_all(self, now: float) -> None:
-        """Nobody remembers why they were paused: they go on as slots become free."""
-        for task in [*self.paused]:
+    def resume_all(self, now: float) -> list[TaskId]:
+        """Nobody remembers why they were paused: they go on as slots become free. Who they were."""
+        resumed = [*self.paused]
+        for task in resumed:
             self.resume(task, now)
         for attempt in self.running.values():
             if attempt.task.work.kind != "tune":
                 attempt.gives_way_at = FOREVER
         self.version += 1
+        return resumed
 
     def stop(self, task: TaskId, now: float) -> Attempt | None:
         """Take it out unfinished; ``None`` if it is not here (any more)."""
