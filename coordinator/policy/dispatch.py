@@ -56,6 +56,8 @@ class DispatchConfig:
     """Longest chunk of tuning: how long a newcomer may wait for it."""
     preempt_ratio: float = 2.0
     """A newcomer's density over the runner's, at least, for generation to be paused."""
+    select_every_s: float = 5.0
+    """How long what ``Policy.keeps`` said holds while no task and no node comes: 0 to 20 s measured alike."""
     explain: bool = True
     """Fill in ``Why.candidates`` and ``Why.words``; the simulator goes without."""
 
@@ -78,6 +80,8 @@ class Dispatcher:
         """Tuning that runs in chunks -> when it is next compared with who waits."""
         self._paused: dict[NodeId, TaskId] = {}
         """Generation that stands still; at most one on a node, so that a pause ends soon."""
+        self._select_at = -FOREVER
+        """When the policy is asked again what may start."""
         self._newcomers: list[TaskId] = []
         """Added since the last decision."""
         self._mean_s = 1.0
@@ -172,6 +176,7 @@ class Dispatcher:
         if job.deadline_at < FOREVER and self.policy.drop:
             heapq.heappush(self._hopeless, (job.deadline_at - certain_s, job.task))
             self._tidy()
+        self._select_at = -FOREVER
         self._newcomers.append(job.task)
         for task, at in self._yielding.items():
             row = self._nodes.row(self._runs_on[task])
@@ -288,8 +293,9 @@ class Dispatcher:
     # ── starting ────────────────────────────────────────────────────────────────────────────────────
 
     def _select(self, now: float) -> None:
-        """Ask the policy which of the waiting tasks may start at all."""
-        if self.policy.keeps is not None:
+        """Ask the policy which of the waiting tasks may start at all, if there is news since it was asked."""
+        if self.policy.keeps is not None and self._select_at <= now:
+            self._select_at = now + self._config.select_every_s
             scene = overview(self._jobs, self._nodes, now, self._recent)
             self._jobs.kept[:] = self.policy.keeps(scene)
 
@@ -540,6 +546,7 @@ class Dispatcher:
 
     def _look_again(self) -> None:
         """Nodes changed: what was hopeless may not be, and the other way round."""
+        self._select_at = -FOREVER
         if self.policy.drop:
             self._hopeless = [(-FOREVER, job.task) for job in self._jobs.jobs if job.deadline_at < FOREVER]
             heapq.heapify(self._hopeless)
