@@ -136,3 +136,17 @@ def test_busy_time_counts_slots_in_use() -> None:
     node.start(answer("b", 20), 1.0, 0.0)
     run_out(node)
     assert node.busy_s == pytest.approx(6.0)
+
+
+def test_rests_of_work_too_small_to_tell_from_nothing_end_all_the_same() -> None:
+    """A prompt read at 1e9 tokens a second, as echo nodes say: the loop once spun for ever."""
+    rates = Rates(prefill_tokens_per_s=1e9, decode_tokens_per_s=10)
+    node = VirtualNode(NodeSpec(id=NodeId("n"), rates=rates, slots=4))
+    node.start(task("a", Work(n_prompt_tokens=1, n_tokens=10)), 1.0, 0.0)
+    for _ in range(5):
+        if node.next_at() == FOREVER:
+            break
+        node.advance(node.next_at())
+        node.ended()
+    assert not node.running
+    assert node.now == pytest.approx(1.0)
