@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from coordinator.virtual.traces import Request
     from coordinator.virtual.workload import Mix
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "read_trace"]
 
 _FORMATS = ("azure", "mooncake")
 _FORMAT_OF_SUFFIX = {".csv": "azure", ".jsonl": "mooncake"}
@@ -49,8 +49,8 @@ _SAME_MESH = "mesh"
               help="Nodes from a TOML file of [[node]] tables.")  # fmt: skip
 @click.option("--add", "added", multiple=True, metavar="LIST",
               help="Compare with the mesh that has these as well, under the same tasks.")  # fmt: skip
-@click.option("--policy", "policies", default="vdf,fifo,edf+drop+chunk", show_default=True, metavar="NAMES",
-              help="Policies to compare, each also with +drop, +chunk, +preempt, or 'all'.")  # fmt: skip
+@click.option("--policy", "policies", default="default,vdf,fifo,edf+drop+chunk", show_default=True,
+              metavar="NAMES", help="Policies, each also with +drop, +chunk, +preempt; or 'all'.")  # fmt: skip
 @click.option("--load", "loads", default="0.8,1.0,1.2", show_default=True, metavar="FACTORS",
               help="Offered work / what the mesh can do; 'recorded': at the trace's times.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, _SEEDS_MAX), default=1, show_default=True, metavar="N",
@@ -131,7 +131,7 @@ def _workload(options: Mapping[str, Any]) -> tuple[Source, Mix]:
     try:
         found = parse_spec(options["mix"] or "", keys_of(Mix))
         if path is not None:
-            requests = _read_trace(path, options["trace_format"])[:limit]
+            requests = read_trace(path, options["trace_format"])[:limit]
             return (lambda seed: requests), made_from(Mix, found)
         if options["trace_format"] is not None:
             raise ConfigError("--format belongs to --trace")
@@ -149,7 +149,12 @@ def _workload(options: Mapping[str, Any]) -> tuple[Source, Mix]:
     return draw, mix
 
 
-def _read_trace(path: Path, trace_format: str | None) -> list[Request]:
+def read_trace(path: Path, trace_format: str | None = None) -> list[Request]:
+    """A trace from a file; its format by its name where none is given.
+
+    Raises:
+        ConfigError: It cannot be read, or a line is not what it should be.
+    """
     from coordinator.virtual.traces import READERS
 
     trace_format = trace_format or _FORMAT_OF_SUFFIX.get(path.suffix)
@@ -189,12 +194,12 @@ def _meshes(options: Mapping[str, Any]) -> dict[str, tuple[NodeSpec, ...]]:
 
 
 def _policies(text: str) -> list[Policy]:
-    from coordinator.policy.policies import POLICIES, policy_named
+    from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, policy_named
 
     names: list[str] = []
     for name in filter(None, (name.strip() for name in text.split(","))):
         if name != "all":
-            names.append(name)
+            names.append(DEFAULT_POLICY if name == "default" else name)
             continue
         names += POLICIES
         # Baselines also with the rules that part of the gain is due to.

@@ -36,6 +36,10 @@ class Options:
     test: Path | None = None
     seeds: int | None = None
     """How many seeds, instead of the benchmark's own number."""
+    trace: Path | None = None
+    """Requests to replay instead of the benchmark's own."""
+    limit: int | None = None
+    """Only the first of these requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     takes_files: bool = False,
+    takes_trace: bool = False,
 ) -> int:
     """Parse the flags, run, print. Exit code 1 if a target was missed (never with ``--quick``)."""
     parser = argparse.ArgumentParser(description=description)
@@ -118,14 +123,26 @@ def main(
         parser.add_argument("--seeds", type=int, metavar="N", help="instead of 3")
         parser.add_argument("--train", type=Path, metavar="FILE", help='JSON lines {"text", "label"}')
         parser.add_argument("--test", type=Path, metavar="FILE", help="the same, never trained on")
-    parser.set_defaults(train=None, test=None, seeds=None)
+    if takes_trace:
+        parser.add_argument("--seeds", type=int, metavar="N", help="instead of 5")
+        parser.add_argument("--trace", type=Path, metavar="FILE", help="requests to replay")
+        parser.add_argument("--limit", type=int, metavar="TASKS", help="only the first of them")
+    parser.set_defaults(train=None, test=None, seeds=None, trace=None, limit=None)
     arguments = parser.parse_args(argv)
     if (arguments.train is None) != (arguments.test is None):
         parser.error("--train and --test go together")
     logging.getLogger("mesh").setLevel(logging.ERROR)  # links that benchmarks break on purpose are no news
     if arguments.seeds is not None and arguments.seeds < 1:
         parser.error("--seeds must be at least 1")
-    options = Options(arguments.quick, arguments.seed, arguments.train, arguments.test, arguments.seeds)
+    options = Options(
+        arguments.quick,
+        arguments.seed,
+        arguments.train,
+        arguments.test,
+        arguments.seeds,
+        arguments.trace,
+        arguments.limit,
+    )
     metrics = []
     for metric in measure(options):
         metrics.append(metric)
