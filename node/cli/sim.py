@@ -50,7 +50,8 @@ _SAME_MESH = "mesh"
 @click.option("--add", "added", multiple=True, metavar="LIST",
               help="Compare with the mesh that has these as well, under the same tasks.")  # fmt: skip
 @click.option("--policy", "policies", default="default,vdf,fifo,edf+drop+chunk", show_default=True,
-              metavar="NAMES", help="Policies, each also with +drop, +chunk, +preempt; or 'all'.")  # fmt: skip
+              metavar="NAMES",
+              help="Policies to compare, each also with +drop, +chunk, +preempt; or 'all'.")  # fmt: skip
 @click.option("--load", "loads", default="0.8,1.0,1.2", show_default=True, metavar="FACTORS",
               help="Offered work / what the mesh can do; 'recorded': at the trace's times.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, _SEEDS_MAX), default=1, show_default=True, metavar="N",

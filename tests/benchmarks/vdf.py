@@ -2,8 +2,8 @@
 
 The workload is that of ``edgemesh sim``: a trace (``--trace FILE``, else requests of the generator), 4
 unequal nodes (1, 1, 0.5 and 6 times a Pi 5), 2 % tuning jobs, costs estimated 30 % wrong; values and
-deadlines by ``coordinator.virtual.workload``. Rejected and never-run tasks are timeouts. Every seed draws everything
-anew; halves of 95 % intervals are in the detail.
+deadlines by ``coordinator.virtual.workload``. Rejected and never-run tasks are timeouts. Every seed draws
+everything anew; halves of 95 % intervals are in the detail.
 
 ``timeouts_vs_fifo``       percent fewer than FIFO, the worst of three loads
 ``value_vs_edf_points``    points of value above EDF with drop and chunk, the worst of the loads from 1 on
