@@ -67,7 +67,7 @@ class Candidate:
     why_not: str | None
     """``None``: taken."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by part, see ``coordinator.policy.rates.PARTS``."""
+    """Seconds by part, see ``coordinator.policy.rates.PARTS``; only of the node taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

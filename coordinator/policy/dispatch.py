@@ -35,7 +35,7 @@ from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.ordering import PAIRS_MAX, blocks, column_for, first_of, in_order
 from coordinator.policy.policies import Policy, vdf_plain
 from coordinator.policy.preempting import Pairs
-from coordinator.policy.pricing import fastest_s
+from coordinator.policy.pricing import all_fastest_s, fastest_s
 from coordinator.policy.recent import RecentTasks
 from coordinator.policy.work import KINDS
 from mesh.core import FOREVER
@@ -82,6 +82,8 @@ class Dispatcher:
         """Generation that stands still; at most one on a node, so that a pause ends soon."""
         self._select_at = -FOREVER
         """When the policy is asked again what may start."""
+        self._is_stale = False
+        """Nodes came, left or changed since the last decision."""
         self._newcomers: list[TaskId] = []
         """Added since the last decision."""
         self._mean_s = 1.0
@@ -144,6 +146,8 @@ class Dispatcher:
     @property
     def wake_at(self) -> float:
         """When ``decide`` has something to do though nothing happens: a task is hopeless, a chunk ends."""
+        if self._is_stale and len(self._jobs):
+            return -FOREVER
         hopeless_at = self._hopeless[0][0] if self._hopeless else FOREVER
         contest_at = min(self._yielding.values(), default=FOREVER) if len(self._jobs) else FOREVER
         return min(hopeless_at, contest_at)
@@ -152,8 +156,7 @@ class Dispatcher:
 
     def put_node(self, view: NodeView) -> None:
         """A node is here, or something about it changed."""
-        if self._nodes.put(view):
-            self._look_again()
+        self._is_stale |= self._nodes.put(view)
 
     def drop_node(self, node: NodeId) -> list[TaskId]:
         """A node is gone. What ran there is forgotten: ``add`` again what shall run elsewhere."""
@@ -162,7 +165,7 @@ class Dispatcher:
         lost = [running.job.task for running in self._nodes.drop(node)]
         for task in lost:
             self._stops(task)
-        self._look_again()
+        self._is_stale = True
         return sorted(lost)
 
     # ── tasks ───────────────────────────────────────────────────────────────────────────────────────
@@ -239,6 +242,8 @@ class Dispatcher:
         next to nothing while no node has room.
         """
         decisions: list[Decision] = []
+        if self._is_stale:
+            self._look_again()
         if self._hopeless and self._hopeless[0][0] <= now:
             decisions += self._drop_hopeless(now)
         if self._paused:
@@ -545,10 +550,17 @@ class Dispatcher:
         )
 
     def _look_again(self) -> None:
-        """Nodes changed: what was hopeless may not be, and the other way round."""
-        self._select_at = -FOREVER
+        """What tasks take on their best nodes changed: what was hopeless may not be, and the reverse."""
+        self._is_stale = False
+        best_s, certain_s = all_fastest_s(self._jobs, self._nodes)
+        self._jobs.rate_all(best_s)
         if self.policy.drop:
-            self._hopeless = [(-FOREVER, job.task) for job in self._jobs.jobs if job.deadline_at < FOREVER]
+            hopeless_at = (self._jobs.column("deadline_at") - certain_s).tolist()
+            self._hopeless = [
+                (at, job.task)
+                for at, job in zip(hopeless_at, self._jobs.jobs, strict=True)
+                if job.deadline_at < FOREVER
+            ]
             heapq.heapify(self._hopeless)
 
     def _tidy(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from coordinator.policy.cost import CostModel
 from coordinator.policy.decisions import Candidate, Why
+from coordinator.policy.density import Floats
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.pricing import prices
@@ -24,21 +25,28 @@ def candidates_of(
     """The node taken, if any, and the next best, each with its estimate and why it was not taken."""
     job = jobs.jobs[row]
     finish_s = prices(jobs, nodes, np.array([row]), slice(None)).finish_s[0]
-    others = [int(node) for node in np.argsort(finish_s, kind="stable") if node != taken]
-    others.sort(key=lambda node: (finish_s[node], nodes.ids[node]))
     found = []
-    for node in ([] if taken is None else [taken]) + others[: CANDIDATES_MAX - (taken is not None)]:
-        view = nodes.view(node)
-        rows = float(nodes.n_rows[node]) + 1
-        estimate = cost.estimate(job.work, view.id, view.rates, reuse=nodes.reuse_of(job, node), rows=rows)
-        why_not = None
-        if node != taken:
-            ahead_s = -1.0 if taken is None else float(finish_s[node] - finish_s[taken])
-            why_not = _why_not(nodes, node, now, job.deadline_at, float(finish_s[node]), ahead_s)
-        found.append(
-            Candidate(node=view.id, service_s=estimate.service_s, why_not=why_not, parts=estimate.parts)
-        )
+    for node in _best(nodes, finish_s, taken):
+        view, service_s = nodes.view(node), float(finish_s[node])
+        if node == taken:
+            rows = float(nodes.n_rows[node]) + 1
+            reuse = nodes.reuse_of(job, node)
+            parts = cost.estimate(job.work, view.id, view.rates, reuse=reuse, rows=rows).parts
+            found.append(Candidate(node=view.id, service_s=service_s, why_not=None, parts=parts))
+        else:
+            ahead_s = -1.0 if taken is None else service_s - float(finish_s[taken])
+            why_not = _why_not(nodes, node, now, job.deadline_at, service_s, ahead_s)
+            found.append(Candidate(node=view.id, service_s=service_s, why_not=why_not))
     return tuple(found)
+
+
+def _best(nodes: NodeTable, finish_s: Floats, taken: int | None) -> list[int]:
+    """The node taken, then those where the task would end first."""
+    n = min(CANDIDATES_MAX, len(finish_s))
+    last_s = np.partition(finish_s, n - 1)[n - 1] if n else 0.0
+    others = [int(node) for node in np.flatnonzero(finish_s <= last_s) if node != taken]
+    others.sort(key=lambda node: (finish_s[node], nodes.ids[node]))
+    return [*([] if taken is None else [taken]), *others][:CANDIDATES_MAX]
 
 
 def _why_not(

@@ -113,6 +113,10 @@ class JobTable:
             self._columns[_AT["patience_s"], row] = patience_s
             self._columns[_AT["deadline_at"], row] = job.arrived_at + patience_s
 
+    def rate_all(self, best_s: Floats) -> None:
+        """The nodes changed: what every task takes at best. Patience stays what it was."""
+        self._columns[_AT["best_s"], : len(self.jobs)] = best_s
+
     def keep_left(self, row: int, share: float) -> None:
         """Only this share of the row's answer and training is left, see ``Work.left``."""
         self._amounts[_ANSWERS, row] *= share

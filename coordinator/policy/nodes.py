@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.policy.cost import CostModel
+from coordinator.policy.cost import CostModel, step_share
 from coordinator.policy.decisions import Job, NodeView
 from coordinator.policy.density import Floats
 from coordinator.policy.keys import Keys
@@ -82,6 +82,8 @@ class NodeTable:
         self.row_cost: Floats = np.zeros(0)
         self.corrections: Floats = np.zeros((len(KINDS), 0))
         self.is_known: NDArray[np.bool_] = np.zeros((len(KINDS), 0), np.bool_)
+        self.together: Floats = np.zeros(0)
+        """What a full batch does at once, against one task alone; 0 for a node that is not ready."""
         self.n_rows: Floats = np.zeros(0)
         """Attempts that share steps on each node, paused ones apart."""
         self.has_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -119,7 +121,7 @@ class NodeTable:
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
     def put(self, view: NodeView) -> bool:
-        """Add or replace a node; whether anything changed."""
+        """Add or replace a node; whether what a task takes there may have changed."""
         row = self._row.get(view.id)
         if row is None:
             row = self._row[view.id] = len(self.ids)
@@ -127,13 +129,18 @@ class NodeTable:
             self._slots.append(_Slots(view))
             for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm"):
                 setattr(self, name, _wider(getattr(self, name)))
-            for name in ("has_room", "has_tune_room", "free_at", "n_yielding"):
+            for name in ("has_room", "has_tune_room", "free_at", "n_yielding", "together"):
                 setattr(self, name, _wider(getattr(self, name)))
-        elif self._slots[row].view == view:
-            return False
+            is_same_work = False
+        else:
+            before = self._slots[row].view
+            if before == view:
+                return False
+            is_same_work = before.rates == view.rates and before.has == view.has
         self._slots[row].view = view
         self.unit_s[:, row] = view.rates.unit_s
         self.row_cost[row] = view.rates.row_cost
+        self.together[row] = view.slots / step_share(view.slots, view.rates.row_cost) * view.is_ready
         for needs, number in self.needs.items():
             self.has[number, row] = view.has(needs)
         for reuse, number in self.reuses.items():
@@ -142,7 +149,7 @@ class NodeTable:
             self.learned(view.id, kind)
         self._count(row)
         self._look_over()
-        return True
+        return not is_same_work
 
     def drop(self, node: NodeId) -> list[Running]:
         """Take a node out; what ran there comes back."""
@@ -151,7 +158,7 @@ class NodeTable:
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
-        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at", "n_yielding"):
+        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at", "n_yielding", "together"):
             setattr(self, name, np.delete(getattr(self, name), row))
         self._row = {name: at for at, name in enumerate(self.ids)}
         self._look_over()
@@ -261,9 +268,7 @@ class NodeTable:
         if not self.ids:
             return np.zeros(0)
         alone_s = np.maximum(amounts @ self.unit_s * self.corrections[0], _LEAST_S)
-        slots = np.array([slots.view.slots if slots.view.is_ready else 0 for slots in self._slots])
-        together = slots / (1.0 + np.maximum(slots - 1, 0) * self.row_cost)
-        capacity: Floats = alone_s.min() / alone_s * together
+        capacity: Floats = alone_s.min() / alone_s * self.together
         return capacity
 
     def _set_warm(self, name: str, row: int, share: float) -> None:

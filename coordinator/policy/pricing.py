@@ -17,12 +17,13 @@ from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.rates import PARTS
 
-__all__ = ["Prices", "Rows", "fastest_s", "prices"]
+__all__ = ["Prices", "Rows", "all_fastest_s", "fastest_s", "prices"]
 
 _SPARED: Final = (PARTS.index("adapter_load"), PARTS.index("features"))
 _DECODE: Final = PARTS.index("decode")
 _PREFILL, _TUNE = PARTS.index("prefill"), PARTS.index("tune")
 _LEAST_S: Final = 1e-6
+_EVERYBODY: Final = 1_000_000
 _CERTAIN: Final = np.ones((1, 1), np.bool_)
 
 Rows = NDArray[np.intp] | slice
@@ -105,6 +106,21 @@ def _prices_on_one(jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_aw
         cost_s = finish_s = finish_s[:, None]
         return Prices(cost_s, finish_s, is_known)
     return Prices(cost_s[:, None], finish_s[:, None], is_known)
+
+
+def all_fastest_s(jobs: JobTable, nodes: NodeTable) -> tuple[Floats, Floats]:
+    """``fastest_s`` of every waiting task, (n,) each. Cost: about 15 passes over n numbers for each node."""
+    n = len(jobs)
+    best_s = np.full(n, np.inf)
+    is_guess = np.zeros(n, np.bool_)
+    for node in range(len(nodes)):
+        priced = prices(jobs, nodes, slice(None), np.array([node]), n_away=_EVERYBODY)
+        finish_s = priced.finish_s[:, 0]
+        best_s = np.minimum(best_s, finish_s)
+        if not nodes.knows_everything:
+            is_guess |= ~priced.is_known[:, 0] & (finish_s < np.inf)
+    best_s = np.where(best_s < np.inf, best_s, 0.0)
+    return best_s, np.where(is_guess, 0.0, best_s)
 
 
 def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]:

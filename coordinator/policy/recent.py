@@ -21,7 +21,8 @@ class RecentTasks:
     """A ring of numbers. Tasks without a deadline are left out; one that comes again counts once."""
 
     def __init__(self) -> None:
-        self._columns = np.zeros((4, RECENT_MAX))
+        self._columns = np.zeros((4, 2 * RECENT_MAX))
+        """Every entry twice, ``RECENT_MAX`` apart: any ``RECENT_MAX`` in a row are the latest in order."""
         self._tasks: list[TaskId] = []
         self._known: set[TaskId] = set()
         self._next = 0
@@ -35,12 +36,13 @@ class RecentTasks:
             self._known.discard(self._tasks[self._next])
             self._tasks[self._next] = job.task
         self._known.add(job.task)
-        self._columns[:, self._next] = (job.arrived_at, job.deadline_at, job.value, best_s)
+        entry = (job.arrived_at, job.deadline_at, job.value, best_s)
+        self._columns[:, self._next] = self._columns[:, self._next + RECENT_MAX] = entry
         self._next = (self._next + 1) % RECENT_MAX
 
     def arrays(self) -> Recent:
         """Oldest first."""
         n = len(self._tasks)
-        columns = self._columns[:, :n] if n < RECENT_MAX else np.roll(self._columns, -self._next, axis=1)
-        arrived_at, deadline_at, value, best_s = columns
+        first = 0 if n < RECENT_MAX else self._next
+        arrived_at, deadline_at, value, best_s = self._columns[:, first : first + n]
         return Recent(arrived_at=arrived_at, deadline_at=deadline_at, value=value, best_s=best_s)
