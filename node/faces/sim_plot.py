@@ -65,7 +65,7 @@ def plot(cells: Sequence[Cell], title: str, path: Path) -> None:
                 linewidth=0.5,
             )
         axis.set_ylabel(label)
-        axis.set_ylim(0, 100 if metric == "value_kept" else None)
+        axis.set_ylim(0, 100 if metric == "value_kept" else min(100, axis.get_ylim()[1]))
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -74,7 +74,13 @@ def plot(cells: Sequence[Cell], title: str, path: Path) -> None:
     axes[1].set_xticks(range(len(groups)), names)
     figure.suptitle(title, fontsize="medium")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(policies)), frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(int(width_in // 2.2), len(policies)),
+        frameon=False,
+    )
     try:
         # Without the version of matplotlib and the date: the same cells, the same bytes.
         figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)
