@@ -21,7 +21,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("node/faces/sim_plot.py",),
     "msgpack": ("mesh/wire.py",),
     "msgspec": ("mesh/wire.py",),
-    "numpy": ("coordinator/policy/", "coordinator/virtual/"),
+    "numpy": ("coordinator/policy/", "coordinator/virtual/", "mesh/cache/straws.py"),
     "paho": ("mesh/transport/mqtt.py",),
     "platformdirs": ("node/state.py",),
     "psutil": ("node/profile.py",),
@@ -37,7 +37,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 """One owner per third-party library: when it changes, one file changes."""
 
-PURE = ("mesh/core.py", "mesh/facts.py", "mesh/ids.py", "mesh/messages/", "mesh/agreement/", "coordinator/")
+PURE = (
+    *("mesh/core.py", "mesh/facts.py", "mesh/ids.py", "mesh/messages/", "mesh/agreement/", "mesh/cache/"),
+    "coordinator/",
+)
 """No I/O, no clock, no randomness of their own, no awaits: that is what makes them simulable."""
 
 IMPURE = {
