@@ -121,10 +121,11 @@ class Placing:
             if dispatcher.node_of(task_id) != task.node:
                 dispatcher.running(self._job(task), task.node, now)
         elif self._may_start(task, now):
-            job = self._job(task)
-            if dispatcher.waiting(task_id) != job:
+            waiting = dispatcher.waiting(task_id)
+            # What was learned since it came is no news about it: it would count as a newcomer again.
+            if waiting is None or not _is_same(waiting, task):
                 dispatcher.withdraw(task_id, now)
-                dispatcher.add(job, now)
+                dispatcher.add(self._job(task), now)
         else:
             dispatcher.withdraw(task_id, now)
 
@@ -168,6 +169,11 @@ class Placing:
         return work_of(
             submit, answer_share=self._cost.answer_share, bytes_per_token=self._cost.bytes_per_token
         )
+
+
+def _is_same(job: Job, task: Task) -> bool:
+    """Whether nothing about the task has changed; a merge may find it older than thought."""
+    return (job.arrived_at, job.deadline_at, job.avoid) == (task.accepted_at, task.deadline_at, task.avoid)
 
 
 _UNBORN = TaskId("a-task-not-accepted-yet")

@@ -197,7 +197,7 @@ def _everywhere(score: Floats, scene: Scene) -> Floats:
 
 
 _BASE: Final = (
-    Policy(name="vdf", score=vdf, drop=True, chunk=True, preempt=True),
+    Policy(name="vdf", score=vdf, drop=True, chunk=True, preempt=True, preempts_late=True),
     Policy(name="vdf-plain", score=vdf_plain),
     Policy(name="edf", score=edf),
     Policy(name="fifo", score=fifo),
