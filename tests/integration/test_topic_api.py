@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ async def test_a_task_can_be_cancelled_by_an_empty_message(tmp_path: Path) -> No
 
 
 async def test_a_deadline_that_passes_ends_the_task_as_expired(tmp_path: Path) -> None:
-    async with local_mesh(tmp_path, 2, model="echo:5") as mesh:
+    async with local_mesh(tmp_path, 2, "--policy", "fifo", model="echo:5") as mesh:  # refuses nothing
         base = f"edgemesh/{mesh.mesh}"
         to = await plain(mesh)
         async with subscribed([f"{base}/task/+/result"], *to) as heard:
@@ -151,6 +152,18 @@ async def test_a_deadline_that_passes_ends_the_task_as_expired(tmp_path: Path) -
             await publish(f"{base}/task/submit", body, *to)
             result = await heard.wait_for(lambda t, p: t.endswith("late/result"), "the end", 8.0)
             assert result["state"] == "expired"
+
+
+async def test_what_no_node_can_do_in_time_is_rejected_with_the_numbers(tmp_path: Path) -> None:
+    async with local_mesh(tmp_path, 2, model="echo:5") as mesh:
+        base = f"edgemesh/{mesh.mesh}"
+        to = await plain(mesh)
+        async with subscribed([f"{base}/task/+/status"], *to) as heard:
+            body = {"prompt": "w " * 200, "id": "late", "deadline_s": 1.5, "max_tokens": 200}
+            await publish(f"{base}/task/submit", json.dumps(body).encode(), *to)
+            status = await heard.wait_for(lambda t, p: t.endswith("late/status"), "the answer", 8.0)
+            assert status["state"] == "rejected"
+            assert re.fullmatch(r"best node needs \d+\.\d s, 1\.\d s left", status["reason"])
 
 
 async def test_mqtt_5_request_and_response_need_no_field_in_the_body(tmp_path: Path) -> None:

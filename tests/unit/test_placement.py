@@ -140,6 +140,8 @@ def test_what_no_node_can_do_in_time_is_rejected_with_the_numbers() -> None:
     submit = Submit(prompt="hi", max_tokens=123, deadline_s=8.0)
     assert books.placing.hopeless(submit, 8.0, 0.0) == "best node needs 12.3 s, 8.0 s left"
     assert books.placing.hopeless(submit, 13.0, 0.0) is None
+    lenient = Books(replace(rated, info=replace(rated.info, rates=rates)), policy="fifo")
+    assert lenient.placing.hopeless(submit, 8.0, 0.0) is None
 
 
 def test_a_node_that_never_told_its_rates_gets_work_and_nothing_is_refused_for_a_guess() -> None:
