@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +86,8 @@ def sim(is_json: bool, plot_file: Path | None, **options: Any) -> None:
         from node.faces.console import table_put
         from node.faces.sim_table import sim_table
 
-        table_put(sim_table(cells))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        table_put(sim_table(cells, width))
     if plot_file is not None:
         from node.faces.sim_plot import plot
 

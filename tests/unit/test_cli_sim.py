@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
+from coordinator.virtual.metrics import RunMetrics
+from coordinator.virtual.study import Cell
 from node.cli.main import cli
+from node.faces.sim_table import sim_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--generate", "tasks=80", "--load", "1.0")
@@ -185,3 +190,31 @@ def test_without_matplotlib_it_says_how_to_install_it_before_anything_runs(
     assert done.exit_code == 2
     assert "pip install 'edgemesh[plot]'" in done.stderr
     assert "tasks in" not in done.stderr
+
+
+# ── the table ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("width", [80, 100, 240])
+def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width: int) -> None:
+    cells = [
+        Cell(mesh=mesh, load=load, policy=policy, runs=(_run_metrics(0.1), _run_metrics(0.3)))
+        for mesh in ("mesh", "with orin")
+        for load in (0.8, None)
+        for policy in ("vdf", "vdf-plain+drop+chunk")
+    ]
+    console = Console(width=width, file=StringIO(), record=True)
+    console.print(sim_table(cells, width))
+    text = console.export_text()
+    assert "…" not in text
+    assert "20.0% ±127.1" in text
+    assert "as recorded" in text
+    assert ("in vain" in text) == (width == 240)
+
+
+def _run_metrics(timeouts: float) -> RunMetrics:
+    return RunMetrics(
+        n_tasks=10, timeouts=timeouts, value_kept=1 - timeouts, latency_p50_s=1.0, latency_p95_s=2.0,
+        latency_p99_s=3.0, utilization=0.5, wasted=0.1, late=0.0, rejected=timeouts, expired=0.0, pauses=0,
+        failovers=0, busy={"n": 0.5}, timeouts_by_kind={"generate": timeouts},
+    )  # fmt: skip
