@@ -69,8 +69,10 @@ class Placing:
         ]
 
     def hopeless(self, submit: Submit, deadline_at: float, now: float) -> str | None:
-        """Why a task that is not in the ledger cannot be done in time; ``None`` if it may be, or if the policy
-        refuses nothing."""
+        """Why a task that is not in the ledger cannot be done in time.
+
+        ``None`` if it may be, or if the policy refuses nothing.
+        """
         if not self._dispatcher.policy.drop:
             return None
         self._take_in_nodes(now)
