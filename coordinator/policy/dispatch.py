@@ -72,7 +72,7 @@ class Dispatcher:
         self._jobs = JobTable()
         self._nodes = NodeTable(cost, chunk_s=self._config.chunk_s if policy.chunk else FOREVER)
         self._recent = RecentTasks()
-        self._filling = replace(policy, score=vdf_plain, keeps=None)
+        self._filling = replace(policy, score=vdf_plain, keeps=None, gambles=True)
         """How nodes are used that ``policy`` would leave idle."""
         self._runs_on: dict[TaskId, NodeId] = {}
         self._hopeless: list[tuple[float, TaskId]] = []

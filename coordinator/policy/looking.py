@@ -118,7 +118,10 @@ def _allowed(
     allowed: NDArray[np.bool_]
     if policy.drop:
         left_s = (scene.deadline_at - scene.now)[:, None]
-        likely_s = scene.finish_s if policy.margin == 1.0 else scene.finish_s * policy.margin
+        likely_s = scene.finish_s
+        if policy.margin != 1.0:
+            is_lost = scene.best_s * policy.margin > left_s[:, 0] if policy.gambles else np.False_
+            likely_s = likely_s * np.where(is_lost, 1.0, policy.margin)[..., None]
         allowed = likely_s <= left_s
         if not nodes.knows_everything:
             allowed |= ~priced.is_known & (left_s > 0)

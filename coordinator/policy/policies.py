@@ -99,6 +99,9 @@ class Policy:
     margin: float = 1.0
     """With ``drop``: starts only where ``margin`` times the estimate ends in time. What is estimated to end
     just in time is late half of the time."""
+    gambles: bool = False
+    """What can keep the margin nowhere any more starts where it ends in time without: for nodes that would be
+    idle otherwise."""
     place: Literal["first_end", "score"] = "first_end"
     """The node of a task among those with room: where it ends first, or where it scores highest."""
 
@@ -219,7 +222,8 @@ _BASE: Final = (
 )
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType({policy.name: policy for policy in _BASE})
-DEFAULT_POLICY: Final = "vdf"
+DEFAULT_POLICY: Final = "foresight"
+"""Misses fewer deadlines than ``robust-edf`` and keeps more value than ``vdf``: docs/adr/0015."""
 
 _RULES: Final = ("drop", "chunk", "preempt")
 
