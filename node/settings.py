@@ -95,7 +95,7 @@ class Settings:
     feature_disk: int = 4_000_000_000
     slowdown: float = 1.0
     """1 = none."""
-    policy: str = "vdf"
+    policy: str = "foresight"
     """By which this node places tasks while it coordinates."""
     headless: bool = False
     log_format: LogFormat = "text"
