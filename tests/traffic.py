@@ -54,6 +54,7 @@ class Traffic:
         self._news = asyncio.Condition()
         self.linked = asyncio.Event()
         self.submitted: dict[TaskId, Submit] = {}
+        self.said_at: dict[TaskId, float] = {}
         self.acknowledged_at: dict[TaskId, float] = {}
         self.ended_at: dict[TaskId, float] = {}
         self.statuses: dict[TaskId, list[TaskStatus]] = defaultdict(list)
@@ -62,6 +63,7 @@ class Traffic:
     def submit(self, request: Submit) -> TaskId:
         assert request.id is not None
         self.submitted[request.id] = request
+        self.said_at[request.id] = time.monotonic()
         self._asked_at[request.id] = time.monotonic()
         self._unacknowledged.add(request.id)
         self._client.publish(request)

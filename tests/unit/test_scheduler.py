@@ -700,3 +700,18 @@ def test_an_urgent_task_may_stand_in_for_a_running_one_and_the_worker_is_told_wh
     world.run(0.1)
     orders = [assign for _, _, assign in world.started]
     assert [(order.task, order.pauses) for order in orders] == [("long", None), ("urgent", "long")]
+
+
+def test_what_was_learned_meanwhile_makes_no_newcomer_of_a_waiting_task() -> None:
+    """A newcomer may stand in for a running one. It came before what runs now, and was no reason then."""
+    world = World(slots=1, service_s=20.0, policy=policy_named("vdf+preempt")).start("n0")
+    world.elect("n0")
+    world.say(ask("keeps the slot", id=TaskId("first"), value=100.0, max_tokens=2000, deadline_s=10_000.0))
+    world.run(0.1)
+    world.say(ask("waits", id=TaskId("waits"), max_tokens=1000, deadline_s=9000.0))
+    world.run(0.1)
+    waiting = world.scheduler._placing._dispatcher.waiting(TaskId("waits"))
+    world.scheduler._cost.learn_answer(max_tokens=100, n_tokens=1)
+    world.run(3)  # everything about the task that falls due
+    assert world.scheduler._placing._dispatcher.waiting(TaskId("waits")) is waiting
+    assert [assign.task for _, _, assign in world.started] == ["first"]
