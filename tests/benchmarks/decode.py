@@ -4,8 +4,8 @@
     decode16_vs_llamacpp    16 sequences at once, prompts of a few tokens, first to last token
     prefill_vs_llamacpp     a prompt of 512 tokens
 
-llama.cpp is the ``xllamacpp`` wheel (``pip install xllamacpp``), called inside this process as its server
-calls itself; its own clock tells the single decode and the prompt. Ours is the best weight format for each
+llama.cpp is the ``xllamacpp`` wheel (``pip install xllamacpp``) in a process of its own; its own clock tells
+the single decode and the prompt. Ours is the best weight format for each
 figure, found in a first round; the greedy choice of each token is inside the time on both sides. Beside
 each figure stands what the machine allows: weights over memory bandwidth for one row, multiplications
 for many.
@@ -15,12 +15,10 @@ for many.
 
 from __future__ import annotations
 
-import contextlib
-import json
+import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +30,8 @@ from node.compute.backbone.contract import Backbone, Segment
 from node.compute.backbone.load import load_backbone
 from node.compute.convert import convert
 from node.compute.models import CATALOGUE, DEFAULT_MODEL, _fetch, prepare, resolve
+from node.profile import physical_cores
+from tests.benchmarks.llamacpp import LlamaCpp
 from tests.benchmarks.report import Metric, Options, main, spread
 from tests.places import models_dir
 
@@ -39,26 +39,24 @@ PROMPT_TOKENS = 512
 MANY = 16
 TARGETS = {"decode": ">= 1", "decode16": ">= 2", "prefill": ">= 8"}
 FORMATS = ("fp32", "bf16", "int8", "int4")
-PROMPT = "Once upon a time"
 
 _HOPELESS = 2.5  # times slower than another format
 
 
 def measure(options: Options) -> Iterator[Metric]:
-    try:
-        import xllamacpp
-    except ImportError:
-        raise SystemExit(
-            "this benchmark runs llama.cpp beside us: `pip install xllamacpp` (or `pip install .[dev]`)"
-        ) from None
     repeats, n_tokens = (2, 8) if options.quick else (7, 64)
     directory, _ = prepare(resolve(DEFAULT_MODEL), models_dir(), convert, lambda text, fraction: None)
-    threads = torch.get_num_threads()
-    server = _llama(xllamacpp, _gguf(), threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(physical_cores())
+    with LlamaCpp(_gguf(), torch.get_num_threads()) as server:
+        yield from _compared(server, directory, repeats, n_tokens)
+
+
+def _compared(server: LlamaCpp, directory: Path, repeats: int, n_tokens: int) -> Iterator[Metric]:
     theirs: dict[str, Callable[[], float]] = {
-        "decode": lambda: _their_decode(server, n_tokens),
-        "decode16": lambda: _their_many(server, n_tokens),
-        "prefill": lambda: _their_prefill(server),
+        "decode": lambda: server.decode(n_tokens),
+        "decode16": lambda: server.decode_many(n_tokens),
+        "prefill": lambda: server.prefill(PROMPT_TOKENS),
     }
     backbones = {precision: load_backbone(directory, "cpu", precision) for precision in FORMATS}
     ours: dict[str, Callable[[Backbone], float]] = {
@@ -89,7 +87,7 @@ def measure(options: Options) -> Iterator[Metric]:
                 "llamacpp_tok_s": spread(others),
                 "all_formats_tok_s": {p: round(value, 1) for p, value in first.items()},
                 "limit_tok_s": round(_limit(name, backbones[best]), 1),
-                "threads": threads,
+                "threads": torch.get_num_threads(),
             },
         )
 
@@ -160,48 +158,6 @@ def _gguf() -> Path:
         with tempfile.TemporaryDirectory(dir=kept.parent) as into:
             _fetch(entry, Path(into), lambda text, fraction: print(text, file=sys.stderr)).rename(kept)
     return kept
-
-
-def _llama(xllamacpp: Any, gguf: Path, threads: int) -> Any:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.n_parallel = MANY
-    params.n_ctx = MANY * 1024
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_prompt = False
-    params.verbosity = -1
-    with contextlib.redirect_stdout(sys.stderr):
-        return xllamacpp.Server(params)
-
-
-def _ask(server: Any, prompt: str | list[int], n_tokens: int) -> dict[str, float]:
-    request = {
-        "prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False
-    }  # fmt: skip
-    answer = server.handle_completions(request)
-    timings: dict[str, float] = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
-    return timings
-
-
-def _their_decode(server: Any, n_tokens: int) -> float:
-    return _ask(server, PROMPT, n_tokens)["predicted_per_second"]
-
-
-def _their_prefill(server: Any) -> float:
-    timings = _ask(server, list(range(1000, 1000 + PROMPT_TOKENS)), 1)
-    assert timings["prompt_n"] >= PROMPT_TOKENS
-    return timings["prompt_per_second"]
-
-
-def _their_many(server: Any, n_tokens: int) -> float:
-    """By the wall from the first request: prompts of one token, so that reading them is next to nothing."""
-    askers = [threading.Thread(target=_ask, args=(server, [20 + 7 * at], n_tokens)) for at in range(MANY)]
-    start_s = time.perf_counter()
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
-    return MANY * n_tokens / (time.perf_counter() - start_s)
 
 
 if __name__ == "__main__":
