@@ -84,6 +84,10 @@ class Dispatcher:
         """When the policy is asked again what may start."""
         self._is_stale = False
         """Nodes came, left or changed since the last decision."""
+        self._is_news = False
+        """A task or a node came, left or changed since the last decision."""
+        self._again_at = FOREVER
+        """When time alone may let a waiting task start."""
         self._newcomers: list[TaskId] = []
         """Added since the last decision."""
         self._mean_s = 1.0
@@ -149,14 +153,17 @@ class Dispatcher:
         if self._is_stale and len(self._jobs):
             return -FOREVER
         hopeless_at = self._hopeless[0][0] if self._hopeless else FOREVER
-        contest_at = min(self._yielding.values(), default=FOREVER) if len(self._jobs) else FOREVER
-        return min(hopeless_at, contest_at)
+        if not len(self._jobs):
+            return hopeless_at
+        contest_at = min(self._yielding.values(), default=FOREVER)
+        return min(hopeless_at, contest_at, self._again_at if self._nodes.has_room.any() else FOREVER)
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
     def put_node(self, view: NodeView) -> None:
         """A node is here, or something about it changed."""
         self._is_stale |= self._nodes.put(view)
+        self._is_news = True
 
     def drop_node(self, node: NodeId) -> list[TaskId]:
         """A node is gone. What ran there is forgotten: ``add`` again what shall run elsewhere."""
@@ -165,7 +172,7 @@ class Dispatcher:
         lost = [running.job.task for running in self._nodes.drop(node)]
         for task in lost:
             self._stops(task)
-        self._is_stale = True
+        self._is_stale = self._is_news = True
         return sorted(lost)
 
     # ── tasks ───────────────────────────────────────────────────────────────────────────────────────
@@ -181,6 +188,7 @@ class Dispatcher:
             self._tidy()
         self._select_at = -FOREVER
         self._newcomers.append(job.task)
+        self._is_news = True
         for task, at in self._yielding.items():
             row = self._nodes.row(self._runs_on[task])
             self._yielding[task] = min(at, self._chunk_end(self._nodes.running(row)[task], now))
@@ -250,7 +258,8 @@ class Dispatcher:
             decisions += self._resume(now)
         if len(self._jobs):
             due = [task for task, at in self._yielding.items() if at <= now]
-            if due or self._nodes.has_room.any():
+            is_news = self._is_news or now >= self._again_at
+            if due or (is_news and self._nodes.has_room.any()):
                 self._select(now)
                 decisions += self._fill(now, self.policy)
                 if self.policy.fill and len(self._jobs):
@@ -258,8 +267,19 @@ class Dispatcher:
                 decisions += self._end_chunks(sorted(due), now)
             if self._newcomers and self.policy.preempt:
                 decisions += self._preempt(now)
+            self._is_news, self._again_at = False, self._next_look_at(now)
         self._newcomers.clear()
         return decisions
+
+    def _next_look_at(self, now: float) -> float:
+        """When time alone may let a waiting task start on a node that has room."""
+        again_at = FOREVER
+        for task in self._jobs.avoiding:
+            avoid = self._jobs.jobs[self._jobs.row(task)].avoid
+            again_at = min(again_at, min((until for until in avoid.values() if until > now), default=FOREVER))
+        if self.policy.keeps is not None or self.policy.margin != 1.0:
+            again_at = min(again_at, now + self._config.chunk_s)
+        return again_at
 
     def _drop_hopeless(self, now: float) -> list[Decision]:
         dropped: list[Decision] = []
@@ -528,6 +548,7 @@ class Dispatcher:
 
     def _stops(self, task: TaskId) -> NodeId:
         """The task runs no longer; where it did."""
+        self._is_news = True
         node = self._runs_on.pop(task)
         self._yielding.pop(task, None)
         if self._paused.get(node) == task:

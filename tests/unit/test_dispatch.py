@@ -228,7 +228,9 @@ def test_many_pairs_are_placed_as_few_are_by_the_order_of_their_scores() -> None
 # ── nobody starves ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("policy", ["vdf", "vdf-plain", "edf", "fifo", "hvf", "llf"])
+@pytest.mark.parametrize(
+    "policy", ["vdf", "vdf-plain", "edf", "fifo", "hvf", "llf", "robust-edf", "foresight"]
+)
 def test_a_task_without_a_deadline_overtakes_a_steady_stream_of_denser_ones(policy: str) -> None:
     made = dispatcher(policy=policy, patience_s=5.0)
     add(made, job("patient", 4.0, value=0.01))
