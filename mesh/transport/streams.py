@@ -1,8 +1,8 @@
 """The data plane: HTTPS between nodes, both ends proven by the mesh's certificates.
 
 ``PeerServer`` answers ``GET /hello``: who this node is and which broker it uses. ``PeerClient`` asks it, and
-``probe`` finds out which of a peer's many addresses leads there. Bulk bytes will travel here too; they
-never pass through the broker.
+``probe`` finds out which of a peer's many addresses leads there. Bulk bytes travel here too (``routes`` of
+``mesh.transport.bulk.server``); they never pass through the broker.
 
 aiohttp bounds what one request may be. What it leaves open is bounded here: how many connections there
 are, also while they still shake hands, and how long one may say nothing useful (slow loris). No body is
@@ -47,7 +47,7 @@ CONNECTIONS_PER_ADDRESS_MAX = 96
 HANDSHAKE_TIMEOUT_S = 5.0  # a Pi needs 30 ms; a bad link a few round trips
 IDLE_TIMEOUT_S = 20.0  # also the time to send one request's header, byte by byte or not at all
 HEADER_BYTES_MAX = 4096  # per line; /hello needs about 200 in all
-BODY_BYTES_MAX = 64 * 1024  # nothing is uploaded yet
+BODY_BYTES_MAX = 64 * 1024  # of a request that is read as a whole; puts of blocks are read in pieces
 # 256 peers of about 90 bytes, 32 addresses, and room for fields of later versions.
 HELLO_BYTES_MAX = 64 * 1024
 SHUTDOWN_TIMEOUT_S = 1.0
@@ -61,7 +61,8 @@ class PeerServer:
     """Listens while entered. ``hello`` is called for every request and must be cheap.
 
     ``hosts=None`` listens on all addresses, also on those that come later. The ``port`` is tried first; if
-    another node of this machine has it, the system chooses a free one (``self.port`` tells which).
+    another node of this machine has it, the system chooses a free one (``self.port`` tells which). Handlers
+    of further ``routes`` are reached by members only, and bound their own time.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class PeerServer:
         *,
         hosts: Sequence[str] | None = None,
         port: int = DEFAULT_PORT,
+        routes: Iterable[web.RouteDef] = (),
     ) -> None:
         self._context = context
         self._hello = hello
+        self._more_routes = tuple(routes)
         self._hosts = hosts
         self._wanted_port = port
         self.port = 0
@@ -87,7 +90,7 @@ class PeerServer:
         self._refused_said_at = float("-inf")
 
     def _routes(self) -> list[web.RouteDef]:
-        return [web.get("/hello", self._on_hello)]
+        return [web.get("/hello", self._on_hello), *self._more_routes]
 
     async def __aenter__(self) -> Self:
         """Raises: ConfigError: none of the hosts is an address of this machine."""

@@ -1,0 +1,302 @@
+"""Blobs and blocks as files of one directory, under a quota. A full disk is a miss and a line in the log.
+
+    blobs/ab/<64 hex of the digest>         the bytes themselves
+    blocks/ab/<64 hex of the key>           digest (32), then the payload
+    scratch/<random>                        what is being written; emptied at the start
+
+Names are made here from 32 bytes, never taken from a peer. A file appears whole (written beside, renamed)
+and never changes; blobs are synced before, since nobody reads them again to check. Blocks are not: whoever
+asks for one checks its digest, and one that a power cut shortened is a miss there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from mesh.transport.bulk.blobs import (
+    BLOCK_BYTES_MAX,
+    DIGEST_BYTES,
+    PIECE_BYTES,
+    BlobRef,
+    Block,
+    Buffer,
+    PutVerdict,
+)
+from mesh.units import MIB, bytes_text
+
+__all__ = ["DirectoryStore"]
+
+log = logging.getLogger(__name__)
+
+FREE_BYTES_LEFT = 64 * MIB
+"""Never the last of a disk: journals of the same machine must still be written."""
+
+
+class DirectoryStore:
+    """Implements ``BlobStore``. One process writes a directory; blocking work runs in threads.
+
+    Raises:
+        OSError: The directory cannot be made or read.
+    """
+
+    def __init__(self, root: Path, quota_bytes: int, *, free_bytes_left: int = FREE_BYTES_LEFT) -> None:
+        assert quota_bytes >= 0
+        self._root = root
+        self._quota_bytes = quota_bytes
+        self._free_bytes_left = free_bytes_left
+        self._lock = threading.Lock()
+        self._is_full_said = False
+        shutil.rmtree(root / "scratch", ignore_errors=True)
+        for name in ("scratch", "blobs", "blocks"):
+            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._n_bytes = sum(
+            path.stat().st_size for name in ("blobs", "blocks") for path in (root / name).glob("*/*")
+        )
+        """On disk and promised to what is being written."""
+
+    @property
+    def n_bytes(self) -> int:
+        return self._n_bytes
+
+    # ── serving ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self, digest: bytes) -> _OpenFile | None:
+        return await asyncio.to_thread(self._open, digest)
+
+    async def get_many(self, keys: Sequence[bytes], bytes_max: int) -> list[Block | int | None]:
+        return await asyncio.to_thread(self._get_many, keys, bytes_max)
+
+    def has_room(self, n_bytes: int) -> bool:
+        return self._n_bytes + n_bytes <= self._quota_bytes
+
+    async def put(self, blocks: Sequence[Block]) -> list[PutVerdict]:
+        return await asyncio.to_thread(lambda: [self._put(block) for block in blocks])
+
+    # ── receiving and removing ──────────────────────────────────────────────────────────────────────
+
+    @contextlib.contextmanager
+    def receiving(self, blob: BlobRef) -> Iterator[FileSink | None]:
+        """A place for an arriving blob; it is in the store once ``is_right`` said so. ``None`` = no room."""
+        if not self._reserve(blob.size):
+            yield None
+            return
+        path = self._scratch()
+        sink: FileSink | None = None
+        try:
+            sink = FileSink(blob, path, lambda: self._place(path, self._path("blobs", blob.digest)))
+            yield sink
+        except OSError as error:
+            if sink is not None:
+                raise
+            self._say_full(error)
+            yield None
+        finally:
+            if sink is not None:
+                sink.close()
+            if sink is None or not sink.is_kept:
+                self._free(blob.size)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def remove_blob(self, digest: bytes) -> bool:
+        """Whether it was there. Who is reading it reads on."""
+        return self._remove(self._path("blobs", digest))
+
+    def remove_block(self, key: bytes) -> bool:
+        return self._remove(self._path("blocks", key))
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _path(self, kind: str, name: bytes) -> Path:
+        assert len(name) == DIGEST_BYTES
+        return self._root / kind / name.hex()[:2] / name.hex()
+
+    def _scratch(self) -> Path:
+        return self._root / "scratch" / secrets.token_hex(8)
+
+    def _open(self, digest: bytes) -> _OpenFile | None:
+        try:
+            return _OpenFile(self._path("blobs", digest))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("cannot read blob %s: %s", digest.hex()[:12], error)
+            return None
+
+    def _get_many(self, keys: Sequence[bytes], bytes_max: int) -> list[Block | int | None]:
+        found: list[Block | int | None] = []
+        n_left = bytes_max
+        for key in keys:
+            entry = self._get(key, n_left)
+            if isinstance(entry, Block):
+                n_left -= len(entry.payload)
+            found.append(entry)
+        return found
+
+    def _get(self, key: bytes, bytes_max: int) -> Block | int | None:
+        try:
+            with self._path("blocks", key).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+                if not 0 <= size <= BLOCK_BYTES_MAX:
+                    return None
+                if size > bytes_max:
+                    return size
+                content = file.read(DIGEST_BYTES + size)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("cannot read block %s: %s", key.hex()[:12], error)
+            return None
+        if len(content) != DIGEST_BYTES + size:
+            return None
+        return Block(key, content[:DIGEST_BYTES], memoryview(content)[DIGEST_BYTES:])
+
+    def _put(self, block: Block) -> PutVerdict:
+        path, size = self._path("blocks", block.key), DIGEST_BYTES + len(block.payload)
+        if path.exists():
+            return PutVerdict.HELD
+        if not self._reserve(size):
+            return PutVerdict.NO_ROOM
+        scratch = self._scratch()
+        try:
+            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(block.digest)
+                file.write(block.payload)
+            is_new = self._place(scratch, path)
+        except OSError as error:
+            self._free(size)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            self._say_full(error)
+            return PutVerdict.NO_ROOM
+        if not is_new:
+            self._free(size)
+        return PutVerdict.STORED if is_new else PutVerdict.HELD
+
+    def _place(self, scratch: Path, path: Path) -> bool:
+        """Whether it is there now because of us: two peers may bring the same at once, and it counts once."""
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        with self._lock:
+            if path.exists():
+                scratch.unlink()
+                return False
+            scratch.replace(path)
+            return True
+
+    def _remove(self, path: Path) -> bool:
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except OSError:
+            return False
+        self._free(size)
+        return True
+
+    def _reserve(self, n_bytes: int) -> bool:
+        with self._lock:
+            if self._n_bytes + n_bytes > self._quota_bytes:
+                return False
+            try:
+                free_bytes = shutil.disk_usage(self._root).free
+            except OSError:
+                return False
+            if free_bytes - n_bytes < self._free_bytes_left:
+                if not self._is_full_said:
+                    log.warning("the disk is full: %s are free, blocks are refused", bytes_text(free_bytes))
+                self._is_full_said = True
+                return False
+            self._is_full_said = False
+            self._n_bytes += n_bytes
+            return True
+
+    def _free(self, n_bytes: int) -> None:
+        with self._lock:
+            self._n_bytes -= n_bytes
+
+    def _say_full(self, error: OSError) -> None:
+        if not self._is_full_said:
+            log.warning("cannot write below %s: %s", self._root, error)
+        self._is_full_said = True
+
+
+class _OpenFile:
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        self._size = os.fstat(self._fd).st_size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    async def read(self, start: int, n_bytes: int) -> Buffer:
+        return await asyncio.to_thread(os.pread, self._fd, n_bytes, start)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FileSink:
+    """Implements ``BlobSink``: a file beside the store, renamed into it when its digest is right."""
+
+    def __init__(self, blob: BlobRef, path: Path, place: Callable[[], bool]) -> None:
+        self._blob = blob
+        self._place = place
+        # A write that its asker gave up on may still be under way in its thread: it must neither change
+        # what was checked nor meet another file under our number.
+        self._lock = threading.Lock()
+        self._is_sealed = False
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self.is_kept = False
+
+    async def write(self, start: int, content: Buffer) -> bool:
+        return await asyncio.to_thread(self._write, start, content)
+
+    async def is_right(self) -> bool:
+        return await asyncio.to_thread(self._keep_if_right)
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_sealed = True
+            os.close(self._fd)
+
+    def _write(self, start: int, content: Buffer) -> bool:
+        assert start >= 0 and start + len(content) <= self._blob.size, "a blob has its size"
+        view = memoryview(content)
+        try:
+            with self._lock:
+                while view and not self._is_sealed:
+                    n_written = os.pwrite(self._fd, view, start)
+                    start, view = start + n_written, view[n_written:]
+                return not view
+        except OSError as error:  # the disk is full: the blob is a miss
+            log.warning("cannot write blob %s: %s", self._blob, error)
+            return False
+
+    def _keep_if_right(self) -> bool:
+        with self._lock:
+            self._is_sealed = True
+        try:
+            if self._digest() != self._blob.digest:
+                self._is_sealed = False
+                return False
+            os.fsync(self._fd)
+            self.is_kept = self._place()  # False: another transfer was faster, and ours gives its room back
+        except OSError as error:
+            log.warning("cannot keep blob %s: %s", self._blob, error)
+            return False
+        return True
+
+    def _digest(self) -> bytes:
+        digest = blake2b(digest_size=DIGEST_BYTES)
+        for start in range(0, self._blob.size, PIECE_BYTES):
+            digest.update(os.pread(self._fd, min(PIECE_BYTES, self._blob.size - start), start))
+        return digest.digest()
