@@ -1,9 +1,11 @@
 """Which task runs where, and when: value-density-first scheduling as pure objects and functions.
 
-    work      what a task asks for          rates   how fast a node is       cost      seconds, learned
-    density   the formulas                  policies  one function per policy, by name
-    jobs      the table of waiting tasks    nodes   the table of nodes       dispatch  the decisions
+    work      what a task asks for        rates     how fast a node is           cost      seconds, learned
+    density   the formulas                policies  one function each, by name   foresight a plan that expects
+    jobs      the table of who waits      nodes     the table of nodes           recent    who came lately
+    pricing   costs as arrays             looking   scores, and what must not    ordering  ties, and where to
+    dispatch  the queue, the decisions    preempting, explaining                 decisions what goes in and out
 
-The real coordinator (``coordinator.attempts``) and the simulator (``coordinator.virtual``) run this same
-code. No clock, no randomness, no I/O: ``now`` is an argument everywhere.
+The real coordinator (``coordinator.placing``) and the simulator (``coordinator.virtual``) run this same code.
+No clock, no randomness, no I/O: ``now`` is an argument everywhere.
 """
