@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {"mesh": 0, "coordinator": 1, "node": 2}
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "aiohttp": ("mesh/transport/streams.py",),
+    "aiohttp": ("mesh/transport/streams.py", "mesh/transport/bulk/server.py"),
     "aiomqtt": ("mesh/transport/mqtt.py",),
     "amqtt": ("mesh/brokers/amqtt_broker.py",),
     "click": ("node/cli/",),
