@@ -24,6 +24,7 @@ from mesh.ids import Epoch, NodeId, is_id
 __all__ = [
     "KEY_BYTES",
     "REPLICAS",
+    "SPARE_WORTH",
     "Ring",
     "RingConfig",
     "RingEpoch",
@@ -36,6 +37,11 @@ __all__ = [
 KEY_BYTES = 32
 REPLICAS = 2
 """Copies of a block, on different nodes: one node may die without anything being lost."""
+
+SPARE_WORTH = 0.1
+"""What a copy on the second owner is worth to its store, against the same on the first: it saves the
+computing only if the first is lost. So where there is room for everything twice, everything is there twice;
+where there is not, second copies go before anything that is there once."""
 
 MEMBERS_MAX = 4096  # as in membership; 280 KiB of names and quotas
 QUOTA_BYTES_MAX = 2**53 - 1
