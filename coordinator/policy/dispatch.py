@@ -33,7 +33,7 @@ from coordinator.policy.jobs import JobTable
 from coordinator.policy.looking import Look, look, overview
 from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.ordering import PAIRS_MAX, blocks, column_for, first_of, in_order
-from coordinator.policy.policies import Policy, vdf_plain
+from coordinator.policy.policies import Policy, margin_after, vdf_plain
 from coordinator.policy.preempting import Pairs
 from coordinator.policy.pricing import all_fastest_s, fastest_s
 from coordinator.policy.recent import RecentTasks
@@ -67,6 +67,7 @@ class Dispatcher:
 
     def __init__(self, policy: Policy, cost: CostModel, config: DispatchConfig | None = None) -> None:
         self.policy = policy
+        self._margin_max = policy.margin
         self.cost = cost
         self._config = config or DispatchConfig()
         self._jobs = JobTable()
@@ -321,6 +322,8 @@ class Dispatcher:
         """Ask the policy which of the waiting tasks may start at all, if there is news since it was asked."""
         if self.policy.keeps is not None and self._select_at <= now:
             self._select_at = now + self._config.select_every_s
+            margin = margin_after(self._margin_max, self.cost.errors().values())
+            self.policy, self._filling = (replace(one, margin=margin) for one in (self.policy, self._filling))
             scene = overview(self._jobs, self._nodes, now, self._recent)
             self._jobs.kept[:] = self.policy.keeps(scene)
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.policy.cost import PredictionError
 from coordinator.policy.foresight import capacity_s, expected, kept, worth
+from coordinator.policy.policies import margin_after
 
 NOBODY = (np.zeros(0), np.zeros(0), np.zeros(0))
 ONE_NODE = (np.array([1.0]), np.array([0.0]))
@@ -128,3 +130,19 @@ def test_capacity_is_that_of_every_node_from_when_it_has_room(
 
 def test_a_node_that_never_has_room_adds_nothing() -> None:
     assert capacity_s(np.array([5.0]), np.array([1.0, 1.0]), np.array([np.inf, 1.0])).tolist() == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("errors", "margin"),
+    [
+        ([], 1.2),
+        ([(7, 0.01)], 1.2),
+        ([(60, 0.05), (20, 0.25)], 1.1),
+        ([(100, 0.0)], 1.0),
+        ([(100, 0.9)], 1.2),
+    ],
+)
+def test_the_margin_shrinks_to_the_errors_that_were_made(
+    errors: list[tuple[int, float]], margin: float
+) -> None:
+    assert margin_after(1.2, [PredictionError(n, p50) for n, p50 in errors]) == margin
