@@ -3,8 +3,8 @@
 Three nodes of one thread each play devices 1.5, 3 and 6 times slower, so that together they ask for little
 more than one core. Generation, scoring, embedding and small tuning jobs arrive at 1.2 times what the nodes
 can do by their own measured rates; values and deadlines are drawn as ``edgemesh sim`` draws them. Two
-meshes of the same nodes differ in ``--policy`` alone and play the same tasks in turns. The same tasks then go through the
-simulator with the rates that the nodes said.
+meshes of the same nodes differ in ``--policy`` alone and play the same tasks in turns. The same tasks then
+go through the simulator with the rates that the nodes said.
 
 A kind's *factor* is what a first task took against what the rates say, alone on an idle mesh: loading the
 top of a model is no token. Coordinators learn it from the same tasks; deadlines, load and simulator know it.

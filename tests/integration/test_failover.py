@@ -7,12 +7,17 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mesh.ids import TaskId
+from mesh.messages import Submit
 from tests.integration.meshes import coordinator_of, elected, local_mesh, words
 from tests.integration.site_broker import SiteBroker
-from tests.traffic import traffic
+from tests.tiny import tiny_llama
+from tests.traffic import Traffic, traffic
+from tests.tuning import spec
 
 needs_mosquitto = pytest.mark.skipif(
     shutil.which("mosquitto") is None and not Path("/usr/sbin/mosquitto").exists(),
@@ -123,3 +128,59 @@ async def test_running_work_is_not_disturbed_by_a_new_coordinator(tmp_path: Path
         for task in undisturbed:
             assert client.results[task][-1].attempt == 1, "it was not started again"
         assert client.doubled == [] and client.lost == []
+
+
+async def test_a_stream_of_mixed_tasks_loses_and_doubles_nothing_when_its_coordinator_is_killed(
+    tmp_path: Path,
+) -> None:
+    """Generation, texts and tuning, with deadlines and without, some said while nobody coordinates."""
+    model = tiny_llama(tmp_path / "tiny-llama")
+    async with (
+        local_mesh(tmp_path / "state", 3, "--threads", "1", model=str(model)) as mesh,
+        traffic(mesh) as client,
+    ):
+        first = [client.submit(one) for one in mixed("first")]
+        await client.all_acknowledged()
+        await client.wait(lambda: any(client.results[task] for task in first), 60, "the first end")
+        victim = coordinator_of(mesh)
+        marks = {node: len(node.events) for node in mesh.running if node is not victim}
+        await victim.kill()
+        for one in mixed("meanwhile"):
+            client.submit(one)
+        await elected(marks, 30.0)
+        for one in mixed("after"):
+            client.submit(one)
+        await client.wait(
+            lambda: all(is_over(client, task) for task in client.submitted), 120, "every task has ended"
+        )
+        lost = [task for task in client.lost if not is_over(client, task)]
+        assert client.doubled == [] and lost == []
+        ends = {client.results[task][-1].state for task in client.submitted if client.results[task]}
+        assert ends <= {"done", "expired", "rejected"}, client.summary()
+
+
+def mixed(name: str) -> list[Submit]:
+    """Seven tasks of four kinds; every third has a deadline that may or may not be met."""
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "w1 w2 w3", "max_tokens": 120},
+        {"kind": "embed", "texts": ["w1 w2 w3 w4"] * 8},
+        {"kind": "score", "texts": ["w5 w6 w7 w8"] * 8},
+        {"prompt": "w4 w5", "max_tokens": 60},
+        {"kind": "tune", "tune": spec(adapter=f"{name}-house")},
+        {"prompt": "w6 w7 w8", "max_tokens": 90},
+    ]
+    return [
+        Submit(
+            id=TaskId(f"{name}-{k}"),
+            deadline_s=3.0 if k % 3 == 0 else None,
+            value=1.0 + k % 4,
+            **body,
+        )
+        for k, body in enumerate([*bodies, bodies[0]])
+    ]
+
+
+def is_over(client: Traffic, task: TaskId) -> bool:
+    """A task that is refused at once has no result."""
+    statuses = client.statuses[task]
+    return bool(client.results[task]) or (bool(statuses) and statuses[-1].state == "rejected")
