@@ -339,7 +339,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="slowdown", parse=_slowdown, metavar="FACTOR",
             help="Play a device this many times slower (tests, demos); shown as emulated [default: 1]."),
     Setting(name="policy", parse=_policy, metavar="NAME",
-            help="How tasks are placed while this node coordinates, such as edf+drop+chunk [default: vdf]."),
+            help="How tasks are placed while it coordinates, such as edf+drop+chunk [default: foresight]."),
     Setting(name="headless", parse=_switch,
             help="Plain log lines even on a terminal."),
     Setting(name="log_format", parse=_one_of("text", "json"), metavar="text|json",

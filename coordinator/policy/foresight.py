@@ -61,7 +61,7 @@ def kept(
         forecast: Of (h,) tasks.
         pool: (M,) capacities, (M,) seconds until each node has room.
 
-    Cost: sorting n + h + M numbers; if not everything fits n + h heap operations in Python, 1 ms a thousand.
+    Cost: sorting n + h + M numbers; if not everything fits n + h heap operations in Python, 2 ms a thousand.
     """
     n = len(worths)
     is_kept = np.ones(n, np.bool_)
