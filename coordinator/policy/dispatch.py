@@ -415,6 +415,7 @@ class Dispatcher:
             words = sentence(why, self._nodes.ids[node], after)
             why = replace(why, candidates=found, n_candidates=len(self._nodes), words=words)
         self._run(job, node, now, expected_s=why.service_s)
+        self._nodes.joined(node, job.task, cost_s, service_s, now)
         return Start(
             task=job.task, node=self._nodes.ids[node], why=why, after=after.job.task if after else None
         )

@@ -127,6 +127,10 @@ def _allowed(
             allowed |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
             allowed |= scene.is_virtual[:, None]
+        if nodes.n_rows[scene.open_nodes].any():
+            # A joiner slows all who run there: it must be worth more than those it makes late.
+            is_worth_it = scene.value[:, None] > nodes.harm(scene.open_nodes, scene.cost_s, scene.now)
+            allowed &= is_worth_it if nodes.knows_everything else is_worth_it | ~priced.is_known
     else:
         allowed = np.ones(scene.finish_s.shape, np.bool_)
     if not nodes.has_everything:

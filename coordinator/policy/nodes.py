@@ -46,15 +46,27 @@ class Running:
     """Generation that stands still on its node."""
     paused_at: float = 0.0
     stood_s: float = 0.0
+    delayed_s: float = 0.0
+    """What those who joined it later take from it."""
 
     def left_share(self, now: float) -> float:
         """How much of its service is left, as far as predicted; never nothing."""
         until = self.paused_at if self.is_paused else now
         done_s = until - self.started_at - self.stood_s
-        return min(1.0, max(1 - done_s / self.expected_s, _LEFT_LEAST))
+        return min(1.0, max(1 - done_s / (self.expected_s + self.delayed_s), _LEFT_LEAST))
 
     def left_s(self, now: float) -> float:
-        return self.expected_s * self.left_share(now)
+        return (self.expected_s + self.delayed_s) * self.left_share(now)
+
+    @property
+    def is_active(self) -> bool:
+        """It takes a slot and its share of the node's time."""
+        return not (self.is_pausing or self.is_paused)
+
+    @property
+    def ends_at(self) -> float:
+        """As far as predicted."""
+        return self.started_at + self.stood_s + self.expected_s + self.delayed_s
 
 
 @dataclass(slots=True)
@@ -242,10 +254,10 @@ class NodeTable:
         n = n_tunes = 0
         free_at = FOREVER
         for running in slots.running.values():
-            if not (running.is_pausing or running.is_paused):
+            if running.is_active:
                 n += 1
                 n_tunes += running.job.work.kind == "tune"
-                free_at = min(free_at, running.started_at + running.stood_s + running.expected_s)
+                free_at = min(free_at, running.ends_at)
         slots.n_sharing = n - n_tunes
         self.n_rows[row] = n - n_tunes
         room = view.is_ready and n < view.slots
@@ -253,6 +265,33 @@ class NodeTable:
         self.has_tune_room[row] = room and n_tunes < view.tunes_max
         self.free_at[row] = -FOREVER if room else free_at
         self.n_yielding[row] = 0 if view.tunes_beside else n_tunes
+
+    def joined(self, row: int, task: TaskId, cost_s: float, service_s: float, now: float) -> None:
+        """The task has started there: it takes ``cost_s`` from those who run on as long as it does."""
+        others = [one for one in self._slots[row].running.values() if one.is_active and one.job.task != task]
+        for other in others:
+            other.delayed_s += cost_s * min(1.0, other.left_s(now) / service_s)
+        if others:
+            self._count(row)
+
+    def harm(self, columns: NDArray[np.intp], cost_s: Floats, now: float) -> Floats:
+        """(n, m) Value of running tasks that would end too late if a waiting task joined them.
+
+        Args:
+            columns: (m,) Nodes.
+            cost_s: (n, m) Seconds each waiting task would take from those who run.
+        """
+        harm = np.zeros(cost_s.shape)
+        for column, row in enumerate(columns.tolist()):
+            spare = sorted(
+                (spare_s, one.job.value)
+                for one in self._slots[row].running.values()
+                if one.is_active and 0 < (spare_s := one.job.deadline_at - now - one.left_s(now)) < FOREVER
+            )
+            if spare:  # who is late already cannot be harmed
+                lost = np.concatenate([[0.0], np.cumsum([value for _, value in spare])])
+                harm[:, column] = lost[np.searchsorted([spare_s for spare_s, _ in spare], cost_s[:, column])]
+        return harm
 
     def room_in_s(self, now: float) -> Floats:
         """(M,) Seconds until each node is expected to have room."""

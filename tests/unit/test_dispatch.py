@@ -181,9 +181,38 @@ def test_equal_nodes_share_the_work_instead_of_filling_one_batch() -> None:
 def test_a_batch_that_would_make_a_task_late_is_not_joined() -> None:
     made = dispatcher(node("a", slots=4))
     add(made, job("t0", 4.0), job("tight", 4.0, 4.5))
-    assert starts(made.decide(0.0)) == {"tight": "a", "t0": "a"}
-    add(made, job("later", 4.0, 5.6), now=0.1)
+    assert starts(made.decide(0.0)) == {"tight": "a"}
+    add(made, job("later", 4.0, 5.0), now=0.1)
     assert starts(made.decide(0.1)) == {}
+    made.ended(TaskId("tight"), 0.2)
+    assert starts(made.decide(0.2)) == {"later": "a"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "value", "policy", "expected"),
+    [
+        (4.0, 1.0, "vdf", {"joins": "a"}),  # takes 1 s from the runner, which has 1 s to spare
+        (8.0, 1.0, "vdf", {}),
+        (8.0, 3.0, "vdf", {"joins": "a"}),  # worth more than the one it makes late
+        (8.0, 1.0, "fifo", {"joins": "a"}),
+    ],
+)
+def test_who_would_make_a_running_task_late_must_be_worth_more(
+    seconds: float, value: float, policy: str, expected: dict[str, str]
+) -> None:
+    made = dispatcher(node("a", slots=4), policy=policy)
+    add(made, job("runs", 10.0, 11.0))
+    made.decide(0.0)
+    add(made, job("joins", seconds, 900.0, value=value))
+    assert starts(made.decide(0.0)) == expected
+
+
+def test_what_joiners_take_from_a_running_task_is_remembered() -> None:
+    made = dispatcher(node("a", slots=8))
+    add(made, job("runs", 10.0, 12.2))
+    made.decide(0.0)
+    add(made, *(job(f"j{k}", 4.0, 900.0) for k in range(4)))  # each takes 1 s; there are 2.2 to spare
+    assert len(starts(made.decide(0.0))) == 2
 
 
 def test_company_is_told_to_the_cost_model() -> None:

@@ -642,7 +642,7 @@ def test_counts_follow_the_tasks() -> None:
     assert world.scheduler.counts == {"done": 3}
 
 
-# ── the default policy, through the whole coordinator ───────────────────────────────────────────────
+# ── decisions, through the whole coordinator ───────────────────────────────────────────────
 
 
 def five_seconds(assign: Assign) -> Outcome:
@@ -680,7 +680,7 @@ def test_a_task_that_becomes_hopeless_while_it_waits_is_rejected_before_its_dead
 
 
 def test_the_denser_task_goes_first_and_the_decision_is_kept_for_people() -> None:
-    world = World(slots=1, service_s=1.0).start("n0")
+    world = World(slots=1, service_s=1.0, policy=policy_named("vdf")).start("n0")
     world.elect("n0")
     world.say(ask("keeps the slot", id=TaskId("first")))
     world.say(ask("cheap", id=TaskId("cheap"), value=1.0))
