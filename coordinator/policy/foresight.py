@@ -76,8 +76,8 @@ def kept(
     is_behind = np.cumsum(work[order]) > can_s
     if not is_behind.any():
         return is_kept
-    plan = [column[order].tolist() for column in (density, due, work)]
-    gone = order[_taken_out(*plan, can_s.tolist(), int(is_behind.argmax()))]
+    densities, dues, works = (column[order].tolist() for column in (density, due, work))
+    gone = order[_taken_out(densities, dues, works, can_s.tolist(), int(is_behind.argmax()))]
     is_kept[gone[gone < n]] = False
     return _twins_together(is_kept, np.stack([density[:n], due[:n], work[:n]]))
 
