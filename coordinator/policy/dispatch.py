@@ -320,12 +320,13 @@ class Dispatcher:
 
     def _select(self, now: float) -> None:
         """Ask the policy which of the waiting tasks may start at all, if there is news since it was asked."""
-        if self.policy.keeps is not None and self._select_at <= now:
+        keeps = self.policy.keeps
+        if keeps is not None and self._select_at <= now:
             self._select_at = now + self._config.select_every_s
             margin = margin_after(self._margin_max, self.cost.errors().values())
             self.policy, self._filling = (replace(one, margin=margin) for one in (self.policy, self._filling))
             scene = overview(self._jobs, self._nodes, now, self._recent)
-            self._jobs.kept[:] = self.policy.keeps(scene)
+            self._jobs.kept[:] = keeps(scene)
 
     def _fill(self, now: float, policy: Policy) -> list[Decision]:
         """Start what can start on nodes with room."""
