@@ -83,6 +83,8 @@ def kept(
 
 
 _ROUNDING_S = 1e-9
+_FAR_S = 1e9
+"""As good as never, and still a number to calculate with."""
 
 
 def _taken_out(
@@ -121,10 +123,12 @@ def capacity_s(until_s: Floats, capacity: Floats, room_in_s: Floats) -> Floats:
     >>> capacity_s(np.array([1.0, 3.0]), np.array([1.0, 0.5]), np.array([0.0, 2.0]))
     array([1. , 3.5])
     """
-    order = np.argsort(room_in_s, kind="stable")
-    room, speed = room_in_s[order], capacity[order]
+    is_here = room_in_s < np.inf  # who takes no work now does none
+    order = np.argsort(room_in_s[is_here], kind="stable")
+    room, speed = room_in_s[is_here][order], capacity[is_here][order]
+    until_s = np.minimum(until_s, _FAR_S)
     n_open = np.searchsorted(room, until_s, side="right")
     speeds = np.concatenate([[0.0], np.cumsum(speed)])
-    lost = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(room), speed * room, 0.0))])
+    lost = np.concatenate([[0.0], np.cumsum(speed * room)])
     work_s: Floats = np.maximum(until_s * speeds[n_open] - lost[n_open], 0.0)
     return work_s
