@@ -10,7 +10,7 @@ import pytest
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Pause, Resume, Start
 from coordinator.policy.dispatch import DispatchConfig, Dispatcher
-from coordinator.policy.policies import Policy, Scene, edf, policy_named
+from coordinator.policy.policies import POLICIES, Policy, Scene, edf, policy_named
 from coordinator.policy.rates import Rates
 from coordinator.policy.work import Needs, Work
 from mesh.core import FOREVER
@@ -509,3 +509,18 @@ def test_a_waiting_task_is_told_what_its_decision_would_be_made_from() -> None:
     why = made.outlook(TaskId("t"), 1.0)
     assert why is not None and why.candidates[0].why_not == "has no room for 4.0 s"
     assert made.outlook(TaskId("runs"), 1.0) is None
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_nodes_that_take_no_work_and_tasks_without_deadlines_are_no_trouble(policy: str) -> None:
+    """Infinities and zeros must not become what is no number: a core that raises serves nobody."""
+    made = dispatcher(node("off", is_ready=False), node("a", slots=2), policy=policy)
+    add(made, *(job(f"t{k}") for k in range(5)), job("due", 1.0, 9.0))
+    assert len(starts(made.decide(0.0))) == 2
+    made.drop_node(NodeId("a"))
+    made.decide(1.0)
+    made.drop_node(NodeId("off"))
+    add(made, job("late", 1.0, 1.5), now=1.0)
+    made.decide(2.0)
+    made.put_node(node("b"))
+    assert len(starts(made.decide(3.0))) == 1
