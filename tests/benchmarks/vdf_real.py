@@ -20,15 +20,14 @@ import asyncio
 import json
 import math
 import secrets
+import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from random import Random
 
 from coordinator.policy.policies import DEFAULT_POLICY, policy_named
@@ -192,9 +191,9 @@ class _Side:
 
 
 @asynccontextmanager
-async def _side(policy: str, directory: Path) -> AsyncIterator[_Side]:
-    """``directory`` is the state of this mesh alone, with the models in it."""
-    name = MeshName(f"bench-{secrets.token_hex(3)}")
+async def _side(policy: str) -> AsyncIterator[_Side]:
+    """In the state directory that has the model; what this mesh leaves there goes with it."""
+    name, directory = MeshName(f"bench-{secrets.token_hex(3)}"), models_dir().parent
     flags = ("--model", DEFAULT_MODEL, "--threads", "1", "--policy", policy)
     async with LocalMesh(directory, name, flags=flags) as mesh:
         first = await mesh.start("--new", "--slowdown", str(SLOWDOWNS[0]))
@@ -204,32 +203,22 @@ async def _side(policy: str, directory: Path) -> AsyncIterator[_Side]:
         await asyncio.gather(*(node.wait_for("engine_ready", START_TIMEOUT_S) for node in mesh.nodes))
         async with traffic(mesh) as client:
             yield _Side(policy, mesh, client)
-
-
-def _state(directory: str, policy: str) -> Path:
-    state = Path(directory) / policy
-    state.mkdir()
-    (state / "models").symlink_to(models_dir())
-    return state
+    shutil.rmtree(directory / "meshes" / name, ignore_errors=True)
 
 
 async def _measured(seeds: Sequence[int], n_tasks: int) -> list[Metric]:
-    with tempfile.TemporaryDirectory() as directory:
-        async with AsyncExitStack() as stack:
-            sides = [
-                await stack.enter_async_context(_side(policy, Path(directory) / policy))
-                for policy in POLICIES
-            ]
-            specs = await _specs(sides[0].mesh)
-            factors, _ = await asyncio.gather(*(_factors(side, specs) for side in sides))
-            _say(f"factors { ({kind: round(factor, 2) for kind, factor in factors.items()}) }")
-            began_at, lags_s = time.monotonic(), list[float]()
-            for k, seed in enumerate(seeds):
-                tasks = tasks_for(n_tasks, seed, specs, factors)
-                for side in sides[:: -1 if k % 2 else 1]:
-                    lags_s.append(await _play(side, tasks, seed, specs, factors))
-            seconds = time.monotonic() - began_at
-            errors = await _errors(sides[-1].mesh)
+    async with AsyncExitStack() as stack:
+        sides = [await stack.enter_async_context(_side(policy)) for policy in POLICIES]
+        specs = await _specs(sides[0].mesh)
+        factors, _ = await asyncio.gather(*(_factors(side, specs) for side in sides))
+        _say(f"factors { ({kind: round(factor, 2) for kind, factor in factors.items()}) }")
+        began_at, lags_s = time.monotonic(), list[float]()
+        for k, seed in enumerate(seeds):
+            tasks = tasks_for(n_tasks, seed, specs, factors)
+            for side in sides[:: -1 if k % 2 else 1]:
+                lags_s.append(await _play(side, tasks, seed, specs, factors))
+        seconds = time.monotonic() - began_at
+        errors = await _errors(sides[-1].mesh)
     return _metrics(sides, errors, {"lag_s": round(statistics.median(lags_s), 3), "seconds": round(seconds)})
 
 
