@@ -78,7 +78,7 @@ class BulkWorld:
     ) -> AsyncIterator[Holder]:
         bulk = BulkServer(store, view, on_view=on_view, budget=budget)
         server = PeerServer(
-            self.identity(name).server_context(), lambda: _hello(name), hosts=("127.0.0.1",), port=0,
+            self.identity(name).server_context(), lambda: hello_of(name), hosts=("127.0.0.1",), port=0,
             routes=bulk.routes(),
         )  # fmt: skip
         async with server:
@@ -146,7 +146,7 @@ def batch_answer(blocks: Iterable[Block], view: RingEpoch = VIEW) -> bytes:
     return f"HTTP/1.1 200 OK\r\nEdgemesh-View: {view}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _hello(node: str) -> PeerHello:
+def hello_of(node: str) -> PeerHello:
     return PeerHello(
         node=NodeId(node), boot=Boot("b1"), incarnation=3, mesh="home", port=1, addresses=["127.0.0.1"],
         broker_epoch=2, broker_host=NodeId("pi"), broker_addresses=["127.0.0.1"], broker_port=8883,

@@ -54,7 +54,7 @@ BLOB_BYTES_MAX = 1 << 40
 VIEW_HEADER = "Edgemesh-View"
 """In every request and every answer: the newest ring view its sender knows."""
 
-_VIEW = re.compile(r"(\d{1,16})(?:@([a-z0-9-]{1,63}))?/(\d{1,16})")
+_VIEW = re.compile(r"([0-9]{1,16})(?:@([a-z0-9-]{1,63}))?/([0-9]{1,16})")
 
 
 @dataclass(frozen=True, slots=True)

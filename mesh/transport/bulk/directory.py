@@ -118,7 +118,8 @@ class DirectoryStore:
 
     def _path(self, kind: str, name: bytes) -> Path:
         assert len(name) == DIGEST_BYTES
-        return self._root / kind / name.hex()[:2] / name.hex()
+        text = name.hex()
+        return self._root / f"{kind}/{text[:2]}/{text}"
 
     def _scratch(self) -> Path:
         return self._root / "scratch" / secrets.token_hex(8)
@@ -144,18 +145,24 @@ class DirectoryStore:
 
     def _get(self, key: bytes, bytes_max: int) -> Block | int | None:
         try:
-            with self._path("blocks", key).open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
-                if not 0 <= size <= BLOCK_BYTES_MAX:
-                    return None
-                if size > bytes_max:
-                    return size
-                content = file.read(DIGEST_BYTES + size)
+            fd = os.open(self._path("blocks", key), os.O_RDONLY)
         except FileNotFoundError:
             return None
         except OSError as error:
             log.warning("cannot read block %s: %s", key.hex()[:12], error)
             return None
+        try:
+            size = os.fstat(fd).st_size - DIGEST_BYTES
+            if not 0 <= size <= BLOCK_BYTES_MAX:
+                return None
+            if size > bytes_max:
+                return size
+            content = os.read(fd, DIGEST_BYTES + size)
+        except OSError as error:
+            log.warning("cannot read block %s: %s", key.hex()[:12], error)
+            return None
+        finally:
+            os.close(fd)
         if len(content) != DIGEST_BYTES + size:
             return None
         return Block(key, content[:DIGEST_BYTES], memoryview(content)[DIGEST_BYTES:])

@@ -185,10 +185,10 @@ class Gathering:
 
     def _double(self, holder: NodeId, now: float, patience_s: float) -> Flight | None:
         doubled = [(other.start, other.stop) for other in self._flights if other.is_double]
-        for other in sorted(self._flights, key=lambda flight: (flight.began_at, flight.start)):
+        late = [flight for flight in self._flights if now - flight.began_at >= patience_s]
+        for other in sorted(late, key=lambda flight: (flight.began_at, flight.start)):
             is_doubled = any(start < other.stop and other.reached < stop for start, stop in doubled)
-            is_late = now - other.began_at >= patience_s
-            if is_late and not other.is_double and other.holder != holder and not is_doubled:
+            if not other.is_double and other.holder != holder and not is_doubled:
                 for start, stop in self._had.gaps(other.reached, other.stop):
                     return Flight(holder, start, stop, now, is_double=True)
         return None

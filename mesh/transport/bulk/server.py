@@ -58,7 +58,8 @@ PIECE_TIMEOUT_S = 20.0
 """For 1 MiB in either direction: 50 KB/s, less than the poorest link that is of any use."""
 _RANGE_HELD_BYTES = 2 * PIECE_BYTES
 """One piece as read, and as encrypted."""
-_RANGE = re.compile(r"bytes=(\d{1,15})-(\d{1,15})")
+_JOINED_BYTES_MAX = PIECE_BYTES * 5 // 4
+_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 _Handler = Callable[[web.Request, NodeId], Awaitable[web.StreamResponse]]
@@ -149,7 +150,7 @@ class BulkServer:
             raise DecodeError(f"a batch has 1 to {KEYS_MAX} keys")
         async with asyncio.timeout(PIECE_TIMEOUT_S):
             keys = decode_keys(await request.content.readexactly(_length(request)))
-        async with self.budget.hold(peer, bytes_max + PIECE_BYTES) as has_room:
+        async with self.budget.hold(peer, bytes_max + 2 * PIECE_BYTES) as has_room:
             if not has_room:
                 return self._refusal(503, "busy: ask another holder")
             found = await self._store.get_many(keys, bytes_max)
@@ -251,23 +252,26 @@ async def _receive_batch(request: web.Request, length: int) -> tuple[list[Offer]
 
 async def _send(response: web.StreamResponse, content: Buffer) -> None:
     view = memoryview(content)
-    for start in range(0, len(view), PIECE_BYTES):
+    step = PIECE_BYTES if len(view) > _JOINED_BYTES_MAX else _JOINED_BYTES_MAX
+    for start in range(0, len(view), step):
         async with asyncio.timeout(PIECE_TIMEOUT_S):
-            await response.write(view[start : start + PIECE_BYTES])
+            await response.write(view[start : start + step])
 
 
 async def _send_together(response: web.StreamResponse, payloads: list[Buffer]) -> None:
-    """Small payloads leave joined: one encryption and one system call for about a MiB."""
-    waiting: list[Buffer] = []
-    n_waiting = 0
+    """Small payloads leave joined: one encryption and one system call for a batch of a MiB and its table."""
+    joined: list[Buffer] = []
+    n_joined = 0
     for payload in payloads:
-        if waiting and n_waiting + len(payload) > PIECE_BYTES:
-            await _send(response, b"".join(waiting))
-            waiting, n_waiting = [], 0
-        waiting.append(payload)
-        n_waiting += len(payload)
-    if waiting:
-        await _send(response, waiting[0] if len(waiting) == 1 else b"".join(waiting))
+        if n_joined + len(payload) > _JOINED_BYTES_MAX:
+            await _send(response, b"".join(joined))
+            joined, n_joined = [], 0
+        if len(payload) > PIECE_BYTES:
+            await _send(response, payload)
+        else:
+            joined.append(payload)
+            n_joined += len(payload)
+    await _send(response, b"".join(joined))
 
 
 def _are_right(offers: list[Offer], payloads: list[bytes]) -> list[bool]:
