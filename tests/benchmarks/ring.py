@@ -178,7 +178,7 @@ def deaths(options: Options, n_seeds: int) -> Iterator[Metric]:
         world.run(6.0)
         keys = world.put(250, n_bytes=2_000_000)  # 1 GB with both copies: the dead node held a quarter
         world.run(20.0)
-        assert all(world.copies(key) == 2 for key in keys)
+        assert all(world.copies(key) >= 2 for key in keys)
         world.kill(world.rng.choice(sorted(quotas)))
         died_at = world.now
         lost.append(sum(world.copies(key) == 0 for key in keys))

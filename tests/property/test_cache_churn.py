@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from mesh.cache.bloom import contains, probes
-from mesh.cache.catalogue import CatalogueWriter
+from mesh.cache.catalogue import Catalogues, CatalogueWriter
 from mesh.cache.intake import Intake
+from mesh.cache.moves import Moves
 from mesh.cache.ring import Ring
 from mesh.ids import NodeId
 from tests.property.cache_world import CacheWorld
+from tests.unit import test_catalogue, test_moves
 
 MIB = 1 << 20
 SEEDS = range(6)
@@ -216,3 +218,18 @@ def test_a_planted_bug_in_the_catalogue_makes_live_copies_unreachable(
                 writer.drop(key)
             writer.next_version()
             assert all(contains(writer.whole().bits, key, seed) for key in keys[100:])
+
+
+def test_a_planted_bug_in_the_rate_lets_bytes_leave_too_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def earn(self: Moves, now: float) -> None:
+        self._credit = 1e12
+
+    monkeypatch.setattr(Moves, "_earn", earn)
+    with pytest.raises(AssertionError):
+        test_moves.test_bytes_leave_no_faster_than_the_rate(0)
+
+
+def test_a_planted_bug_in_trust_lets_a_lie_cost_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Catalogues, "_distrust", lambda self, peer, now: None)
+    with pytest.raises(AssertionError):
+        test_catalogue.test_a_lying_catalogue_costs_one_miss_and_is_then_distrusted_for_a_while()

@@ -181,7 +181,7 @@ def test_bytes_leave_no_faster_than_the_rate(seed: int) -> None:
     now, sent = 0.0, 0
     in_flight: list[Parcel] = []
     while now < 20.0 and not moves.is_idle:
-        now += rng.choice((0.001, 0.01, 0.2))
+        now += rng.choice((0.001, 0.01, 0.05))
         parcels = moves.tick(ring, holdings.claims, now)
         sent += sum(parcel.n_bytes for parcel in parcels)
         in_flight += parcels
@@ -189,7 +189,7 @@ def test_bytes_leave_no_faster_than_the_rate(seed: int) -> None:
         assert len({parcel.to for parcel in in_flight}) == len(in_flight)
         burst = 2 * config.parcel_bytes + max(block.n_bytes for block in everything)
         assert sent <= config.bytes_per_s * now + burst
-        while in_flight and rng.random() < 0.7:
+        while in_flight and rng.random() < 0.9:
             parcel = in_flight.pop(0)
             moves.done(parcel.number, parcel.n_bytes, now)
 
