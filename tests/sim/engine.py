@@ -108,6 +108,8 @@ class EngineShell:
         if engine is None:
             return
         match fact:
+            case StartAttempt() if not engine.is_ready:
+                pass  # ordered before the core heard of the loss, which fails it in a moment
             case StartAttempt(assign=assign):
                 engine.running[assign.task, assign.attempt] = assign
                 n_computing = len(engine.running) - len(engine.paused)
