@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from mesh.cache.ring import RingEpoch
 from mesh.ids import Epoch, NodeId
@@ -494,12 +495,20 @@ async def test_who_took_over_an_address_is_not_taken_for_its_former_owner(
 
 
 async def test_readers_that_stand_still_make_the_server_hold_a_bounded_amount(
-    world: BulkWorld, client: BulkClient
+    world: BulkWorld, client: BulkClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = content_of(1, 16 * MIB)
     block = block_of(1, 1000)
-    config = BudgetConfig(bytes_max=16 * MIB, peer_bytes_max=6 * MIB, wait_s=0.05)
-    budget = Budget(config)
+    budget = Budget(BudgetConfig(bytes_max=16 * MIB, peer_bytes_max=9 * MIB, wait_s=0.05))
+    transports: list[asyncio.Transport] = []
+    send = server._send
+
+    async def watched(response: web.StreamResponse, content: bytes) -> None:
+        assert response._req is not None and response._req.transport is not None
+        transports.append(response._req.transport)
+        await send(response, content)
+
+    monkeypatch.setattr(server, "_send", watched)
     store = await world.filled("pi", [content], [block])
     async with world.serving("pi", store, budget=budget) as pi:
         context = world.identity("sloth").client_context()
@@ -507,13 +516,14 @@ async def test_readers_that_stand_still_make_the_server_hold_a_bounded_amount(
         for _ in range(12):
             reader, writer = await asyncio.open_connection("127.0.0.1", pi.port, ssl=context, limit=1024)
             writer.write(get_blob(content))
-            heads = await reader.readuntil(b"\r\n\r\n")
-            readers.append((heads.split()[1], writer))
-        served = [status for status, _ in readers if status == b"200"]
-        refused = [status for status, _ in readers if status == b"503"]
-        assert (len(served), len(refused)) == (3, 9)  # its share, whatever it asks for
-        assert budget.bytes_peak <= config.peer_bytes_max
+            head = await reader.readuntil(b"\r\n\r\n")
+            readers.append((head.split()[1], writer))
+        statuses = [status for status, _ in readers]
+        assert (statuses.count(b"200"), statuses.count(b"503")) == (3, 9)  # its share, whatever it asks for
+        assert budget.bytes_peak <= 9 * MIB
         assert block.key in await client.read_blocks([block.key], [pi])  # the others do not notice
+        buffered = sum(transport.get_write_buffer_size() for transport in set(transports))
+        assert 0 < buffered <= budget.n_bytes  # what is counted is what is held
         for _, writer in readers:
             writer.transport.abort()
         async with asyncio.timeout(10):

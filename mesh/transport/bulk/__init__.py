@@ -6,5 +6,5 @@
     asker   connection  pool  client
 
 Whatever goes wrong on the way is a miss and a line in the log: never an error, never a wrong value. See
-``docs/adr/0017-bulk-bytes-over-https.md``.
+``docs/adr/0018-bulk-bytes-over-https.md``.
 """

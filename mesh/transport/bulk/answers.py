@@ -1,6 +1,6 @@
 """Reads one HTTP/1.1 answer straight into the memory it is for. Pure: bytes in, by ``buffer`` and ``filled``.
 
-aiohttp's client costs a copy and a wake-up per 64 KiB, about half of what TLS costs (ADR 0017). The server
+aiohttp's client costs a copy and a wake-up per 64 KiB, about half of what TLS costs (ADR 0018). The server
 is ours, so this reads only what it writes: a status line, few short headers, a body of stated length.
 Anything else is refused.
 """

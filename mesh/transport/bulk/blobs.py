@@ -48,7 +48,7 @@ KEYS_MAX = 1024
 RANGE_BYTES_MAX = 16 * MIB
 """One GET of a blob. At 200 Mbit/s 0.7 s: a cut costs little, and holders share fairly."""
 PIECE_BYTES = 1 * MIB
-"""Read, encrypted and sent in one go. Smaller costs up to twice the processor time (ADR 0017)."""
+"""Read, encrypted and sent in one go. Smaller costs up to twice the processor time (ADR 0018)."""
 BLOB_BYTES_MAX = 1 << 40
 
 VIEW_HEADER = "Edgemesh-View"

@@ -22,7 +22,7 @@ class BudgetConfig:
     """
 
     bytes_max: int = 64 * MIB
-    """Eight full batches, or thirty ranges; a Pi with 1 GB can spare it."""
+    """Six full batches, or twenty ranges; a Pi with 1 GB can spare it."""
     peer_bytes_max: int = 24 * MIB
     """One peer's share: most of the room is left when one stands still."""
     requests_max: int = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import cast
@@ -18,6 +19,7 @@ from mesh.ids import NodeId
 from mesh.transport.bulk.answers import Answer, AnswerReader, Room
 from mesh.transport.bulk.blobs import PIECE_BYTES, Buffer, Holder
 from mesh.transport.identity import peer_name
+from mesh.units import KIB
 
 __all__ = ["Connection", "Pool"]
 
@@ -28,6 +30,11 @@ CONNECTIONS_MAX = 64
 CONNECTIONS_PER_HOLDER_MAX = 4
 """Two keep a link full; a holder allows 96 from one address, which may be a machine of many nodes."""
 KEEP_S = 15.0  # less than the server's patience
+WAKE_BYTES = 32 * KIB
+"""While more than this is to come, the system wakes us for no less: a fraction of the wake-ups on slow links.
+Not more than a tolerable holder brings in one pace window (``exchange``)."""
+# Of TLS, with what it adds: one may have been taken from the socket already, in part.
+_RECORD_BYTES = 17 * KIB
 _SPARE_BYTES = 4096
 
 
@@ -45,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         self.n_body = 0
         """Of the running or last answer: bytes of the body that came."""
         self.n_answers = 0
+        self._wake_bytes = 1
 
     @property
     def is_open(self) -> bool:
@@ -121,6 +129,7 @@ class Connection(asyncio.BufferedProtocol):
         answer = self._reader.answer
         if answer is not None and not was_begun and self._on_begun is not None:
             self._on_begun(answer)
+        self._wake_from(answer.length - self.n_body - _RECORD_BYTES if answer is not None else 1)
         if answer is not None and self._reader.is_done:
             self._done.set_result(answer)
 
@@ -138,6 +147,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._may_write.set()
+
+    def _wake_from(self, n_bytes: int) -> None:
+        n_bytes = min(max(n_bytes, 1), WAKE_BYTES)
+        if n_bytes != self._wake_bytes and self._transport is not None:
+            with contextlib.suppress(OSError):  # where it cannot be set, we are woken more often
+                self._transport.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVLOWAT, n_bytes
+                )
+            self._wake_bytes = n_bytes
 
     def _fail(self, error: Exception) -> None:
         if self._done is not None and not self._done.done():

@@ -42,8 +42,9 @@ __all__ = ["Batch", "Exchanges", "Missed"]
 
 REASON_BYTES_MAX = 4096
 PACE_WINDOW_S = 2.0
-PACE_BYTES = 32 * 1024
-"""In each window, once an answer is awaited: 16 KB/s, or the holder is as good as dead."""
+PACE_BYTES = 16 * 1024
+"""In each window, once an answer has begun. A holder of 16 KB/s always brings it (bytes are counted in steps
+of 32 KiB, see ``connection``); one of less than 8 KB/s is as good as dead."""
 SILENCE_S = 8.0
 """From the question to the first byte, where nobody hedges: a disk that wakes up, a loaded small device."""
 

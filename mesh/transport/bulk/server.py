@@ -56,8 +56,8 @@ log = logging.getLogger(__name__)
 
 PIECE_TIMEOUT_S = 20.0
 """For 1 MiB in either direction: 50 KB/s, less than the poorest link that is of any use."""
-_RANGE_HELD_BYTES = 2 * PIECE_BYTES
-"""One piece as read, and as encrypted."""
+_SENDING_BYTES = 2 * PIECE_BYTES
+"""Beside what is read: a piece encrypted, and what is left of the one before (512 KiB wake the sender)."""
 _JOINED_BYTES_MAX = PIECE_BYTES * 5 // 4
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -114,7 +114,7 @@ class BulkServer:
         name = request.match_info["digest"]
         if _HEX.fullmatch(name) is None:
             raise DecodeError("a blob is named by 64 hex digits")
-        async with self.budget.hold(peer, _RANGE_HELD_BYTES) as has_room:
+        async with self.budget.hold(peer, PIECE_BYTES + _SENDING_BYTES) as has_room:
             if not has_room:
                 return self._refusal(503, "busy: ask another holder")
             reader = await self._store.open(bytes.fromhex(name))
@@ -150,7 +150,7 @@ class BulkServer:
             raise DecodeError(f"a batch has 1 to {KEYS_MAX} keys")
         async with asyncio.timeout(PIECE_TIMEOUT_S):
             keys = decode_keys(await request.content.readexactly(_length(request)))
-        async with self.budget.hold(peer, bytes_max + 2 * PIECE_BYTES) as has_room:
+        async with self.budget.hold(peer, bytes_max + _SENDING_BYTES) as has_room:
             if not has_room:
                 return self._refusal(503, "busy: ask another holder")
             found = await self._store.get_many(keys, bytes_max)
