@@ -321,7 +321,7 @@ async def test_what_the_owner_lacks_comes_from_the_replica(world: BulkWorld, cli
 
 
 async def test_a_dead_or_silent_owner_costs_a_bounded_wait_and_then_the_replica_answers(
-    world: BulkWorld,
+    world: BulkWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     block = block_of(1, 5000)
     waits = Waits(WaitConfig(start_s=0.2))
@@ -341,6 +341,7 @@ async def test_a_dead_or_silent_owner_costs_a_bounded_wait_and_then_the_replica_
         began = time.monotonic()
         assert await client.read_blocks([block.key], [silent], within_s=0.3) == {}
         assert time.monotonic() - began < 1.5
+        assert misses(caplog, "holder=silent") and misses(caplog, "holder=dead")
 
 
 async def test_an_owner_that_stops_in_mid_answer_is_hedged_too(world: BulkWorld) -> None:

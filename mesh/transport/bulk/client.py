@@ -158,6 +158,7 @@ class BulkClient:
         asks: dict[asyncio.Task[None], _Ask] = {}
         found: dict[bytes, Block] = {}
         wanted = list(dict.fromkeys(keys))
+        bytes_max = min(bytes_max, BATCH_BYTES_MAX)
         left = deque(owners)
         until = self._clock() + within_s
         should_ask = True
@@ -189,6 +190,8 @@ class BulkClient:
             for task, ask in asks.items():
                 ask.give_up()
                 task.cancel()
+                if len(found) < len(wanted):
+                    self._say(ask.holder, "blocks", f"not all within {within_s:g} s")
             await asyncio.gather(*asks, return_exceptions=True)
         if len(found) < len(wanted):
             log.debug("bulk_miss blocks=%d of=%d", len(wanted) - len(found), len(wanted))
@@ -244,11 +247,12 @@ class BulkClient:
 
     def _say(self, holder: Holder, what: str, why: str) -> None:
         now = self._clock()
-        if now - self._said_at.pop(holder.node, float("-inf")) >= _SAY_EVERY_S:
-            log.warning("bulk_miss holder=%s what=%s why=%s", holder, what, why)
+        is_due = now - self._said_at.get(holder.node, float("-inf")) >= _SAY_EVERY_S
+        level = logging.WARNING if is_due else logging.DEBUG
+        log.log(level, "bulk_miss holder=%s what=%s why=%s", holder, what, why)
+        if is_due:
+            self._said_at.pop(holder.node, None)
             self._said_at[holder.node] = now
-        else:
-            log.debug("bulk_miss holder=%s what=%s why=%s", holder, what, why)
         if len(self._said_at) > _SAID_MAX:
             del self._said_at[next(iter(self._said_at))]
 
@@ -295,7 +299,7 @@ class _Ask:
                         found.setdefault(key, block)
                     else:
                         raise Missed(Fault.LIED, f"another payload than expected for {key.hex()[:12]}")
-                wanted = [key for key in wanted if key in batch.left or key not in part]
+                wanted = [*(key for key in part if key in batch.left), *wanted[KEYS_MAX:]]
                 if batch.left and not batch.found and not batch.missing:
                     if bytes_max >= BLOCK_BYTES_MAX:
                         raise Missed(Fault.LIED, "nothing fits into the largest batch")
