@@ -12,8 +12,7 @@ versions go up within a life, and its lives go up, so what comes late or twice c
 
 What an answer costs, if it is a miss:
 
-* *Absent everywhere*: no catalogue claims it; nobody is asked. In one case of a hundred per catalogue one
-  does.
+* *Absent everywhere*: no catalogue claims it, nobody is asked; but one in a hundred does claim it wrongly.
 * *Stale*: the holder has let go of it. It is asked once; that key is then known to be missing there until
   that node says something new, and what it says then shows that it was honest.
 * *A lie*: a catalogue with more bits set than its keys need is refused. One whose claims fail more often
@@ -73,8 +72,7 @@ class CatalogueWhole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueDelta:
-    """What turns version ``version - 1`` into ``version``: three bytes per bit that is now the other way
-    round.
+    """What turns version ``version - 1`` into ``version``: three bytes for each bit that is to be flipped.
 
     Raises:
         ValueError: A number is out of range, or there are more bits than a whole one would take.
@@ -224,8 +222,7 @@ class CatalogueConfig:
     """
 
     nodes_max: int = 1024
-    """At 256 KiB each this is 256 MiB, at the usual 16 KiB it is 16; further nodes' catalogues are
-    refused."""
+    """256 MiB at 256 KiB each, 16 at the usual 16 KiB; the catalogues of further nodes are refused."""
     misses_max: int = 4096
     """Keys remembered per node as missing there though claimed: 400 KiB at most."""
     distrust_s: float = 5.0
@@ -267,8 +264,11 @@ class _Peer:
 
 
 def misses_allowed(n_looked: float) -> float:
-    """How many misses false positives explain, among keys looked up in one catalogue: mean and three
-    deviations."""
+    """How many misses false positives explain among so many lookups: their mean and three deviations.
+
+    None in fewer than a hundred lookups. A node known for longer has that many to waste: its lies cost as many
+    round trips before it is distrusted, 4 after a hundred lookups, 20 after a thousand.
+    """
     mean = FALSE_POSITIVES_MAX * n_looked
     return mean + 3 * math.sqrt(mean) if n_looked >= 1 / FALSE_POSITIVES_MAX else 0.0
 
@@ -332,8 +332,7 @@ class Catalogues:
         return peer is None or peer.distrusted_until <= now
 
     def holders(self, key: bytes, sources: Iterable[NodeId], now: float) -> list[NodeId]:
-        """Whom to ask for a key: first ``sources`` (the ring's, in order), then any other node, that claim
-        it.
+        """Whom to ask: those that claim the key, ``sources`` (the ring's) first, in order, then any other.
 
         Empty: nobody has it; that cost no message. Cost: 3 µs for each node known.
         """
@@ -348,8 +347,7 @@ class Catalogues:
         return found
 
     def answered(self, node: NodeId, n_found: int, missing: Sequence[bytes], now: float) -> bool:
-        """The node was asked for keys that it claimed, and had all but ``missing``; whether it is trusted
-        now.
+        """It was asked for keys that it claimed and had all but ``missing``; whether it is trusted now.
 
         A node that does not answer is no matter of the catalogue: it is slow or dead.
         """

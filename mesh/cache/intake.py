@@ -19,8 +19,11 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntakeConfig:
-    """Raises:
-    ValueError: A bound is not positive."""
+    """What a node expects at most.
+
+    Raises:
+        ValueError: A bound is not positive.
+    """
 
     block_bytes_max: int = 64 << 20
     """The largest block anybody may send: keys and values of 64 tokens of a model with 70 billion weights,

@@ -212,8 +212,7 @@ class RingConfig:
 
 
 class RingKeeper:
-    """On the coordinator: makes the next spec when nodes have come or gone for good. Times are its own
-    clock's."""
+    """On the coordinator: makes the next spec when nodes have come or gone for good."""
 
     def __init__(self, config: RingConfig | None = None) -> None:
         self.config = config or RingConfig()

@@ -1,18 +1,15 @@
-"""The ring and the cores around it, by computation and on virtual time: no sockets, no clock but the last
-one's.
+"""The ring and the cores around it, by computation and on virtual time: no sockets.
 
 keys_moved_ratio  copies of keys that change nodes when one joins, against the ideal R · K · (its share of
-quota).
-                  A leave is the same change read backwards: the same number. Quotas are drawn from 1 to 16
-                  times the least, evenly in the logarithm; the mean over joins, of the mesh size where it
-                  is worse.
-balance_ratio     the most bytes per unit of quota on a node, against the mean; blocks of 50 to 150 KB.
+                  quota). A leave is the same change read backwards: the same number. Quotas are drawn from
+                  1 to 16 times the least, evenly in the logarithm; the mean over joins, of the mesh size
+                  where it is worse.
+balance_ratio     the most bytes per unit of quota on a node, against the mean; blocks of 50 to 150 KB. The
+                  worst of all rings drawn.
 ring_hit_ratio    reads that hit, Zipf over more than fits: a ring of four with two copies of what there is
-room for,
-                  against one node with the whole budget, both with the eviction of our store (GDSF).
-keys_lost         one of four nodes dies, R = 2, churn simulated by seed; detail: seconds until all is there
-twice
-                  again, of 1 GB at 40 MB/s per node.
+                  room for, against one node with the whole budget, both with the eviction of our store.
+keys_lost         one of four nodes dies, R = 2, simulated by seed.
+repaired_s        and until all of it, 1 GB, is there twice again, at 40 MB/s from each node.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 '25, or any like it). Without it a generated workload: conversations that grow, under shared system prompts;
 so it runs anywhere, under another metric name and against no target.
 
-mooncake_hit_percent   blocks found, of all asked for, in the real store with memory for half of all
-distinct blocks hit_infinite_percent   the same with room for everything: the limit
+mooncake_hit_percent   blocks found, of all asked for: the rule of our store, room for half of all distinct ones
+hit_infinite_percent   the same with room for everything: the limit
 
 Detail: hits in a row from the start of each prompt (what a key/value cache can use), seconds of computing
 saved where later blocks cost more, other budgets, and other rules of eviction: LRU, S3-FIFO (Yang et al.,
