@@ -266,7 +266,7 @@ class _Peer:
 def misses_allowed(n_looked: float) -> float:
     """How many misses false positives explain among so many lookups: their mean and three deviations.
 
-    None in fewer than a hundred lookups. A node known for longer has that many to waste: its lies cost as many
+    None in fewer than a hundred lookups. A node known for longer may waste that many: its lies cost as many
     round trips before it is distrusted, 4 after a hundred lookups, 20 after a thousand.
     """
     mean = FALSE_POSITIVES_MAX * n_looked
