@@ -29,7 +29,7 @@ from tests.benchmarks.report import Metric, Options, main, spread
 from tests.integration.namespaces import Host, Lan, why_not
 
 LINK_BYTES_PER_S = 200e6 / 8
-TBF = "rate 200mbit burst 32kb latency 50ms"
+TBF = "rate 200mbit burst 128kb latency 50ms"  # 5 ms of the link: a timer tick of 4 ms must not limit it
 REPLY_TIMEOUT_S = 300
 
 Start = Callable[[list[str]], "subprocess.Popen[str]"]
