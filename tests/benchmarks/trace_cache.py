@@ -4,7 +4,7 @@
 '25, or any like it). Without it a generated workload: conversations that grow, under shared system prompts;
 so it runs anywhere, under another metric name and against no target.
 
-mooncake_hit_percent   blocks found, of all asked for: the rule of our store, room for half of the distinct ones
+mooncake_hit_percent   blocks found, of all asked for, by the rule of our store with room for half of them
 hit_infinite_percent   the same with room for everything: the limit
 
 Detail: hits in a row from the start of each prompt (what a key/value cache can use), seconds of computing
