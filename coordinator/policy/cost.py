@@ -95,6 +95,8 @@ class CostModel:
     _errors: dict[TaskKind, deque[float]] = field(
         default_factory=lambda: {kind: deque(maxlen=_ERRORS_KEPT) for kind in KINDS}
     )
+    _last_errors: dict[TaskKind, PredictionError] = field(default_factory=dict)
+    """Of the kinds that have learned nothing since they were asked for."""
     _answers: _Mean = field(default_factory=_Mean)
     _bytes: _Mean = field(default_factory=_Mean)
 
@@ -141,7 +143,10 @@ class CostModel:
 
     def errors(self) -> dict[TaskKind, PredictionError]:
         """Of each kind that was seen: p50 of ``|actual / predicted - 1|`` over the last 256 outcomes."""
-        return {kind: PredictionError(len(seen), median(seen)) for kind, seen in self._errors.items() if seen}
+        for kind, seen in self._errors.items():
+            if seen and kind not in self._last_errors:
+                self._last_errors[kind] = PredictionError(len(seen), median(seen))
+        return {kind: self._last_errors[kind] for kind in self._errors if kind in self._last_errors}
 
     # ── lessons ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -163,6 +168,7 @@ class CostModel:
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:
             predicted_s = self.estimate(work, node, rates, reuse=reuse, rows=observed.rows).service_s
+        self._last_errors.pop(work.kind, None)
         self._errors[work.kind].append(abs(actual_s / max(predicted_s, _LEAST_S) - 1))
         ratio = actual_s / max(_rated_s(work, rates, observed, reuse), _LEAST_S)
         key = (work.kind, node)

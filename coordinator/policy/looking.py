@@ -63,7 +63,9 @@ def look(
         priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
     mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
     scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s, recent)
-    scores = np.where(_allowed(policy, jobs, nodes, rows, scene, priced), policy.score(scene), -np.inf)
+    allowed = _allowed(policy, jobs, nodes, rows, scene, priced)
+    # Most looks find that nothing may start: then there is nothing to put in order.
+    scores = np.where(allowed, policy.score(scene) if allowed.any() else -np.inf, -np.inf)
     return Look(scene, scores, priced.cost_s, priced.finish_s)
 
 

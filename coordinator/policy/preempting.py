@@ -71,22 +71,24 @@ class Pairs:
         columns = np.array([nodes.row(runner.node) for runner in runners])
         priced = prices(jobs, nodes, rows, columns, n_away=1)  # (k, r)
         deadline_in_s = (jobs.column("deadline_at")[rows] - now)[:, None]
+        left_s = np.array([runner.left_s(now) for runner in runners])
+        runner_deadline_in_s = np.array([runner.job.deadline_at - now for runner in runners])
+        ends_s, after_s = margin * priced.finish_s, margin * left_s
+        may = (ends_s <= deadline_in_s) & (ends_s + after_s <= runner_deadline_in_s)
+        if only_late:
+            may &= ends_s + after_s > deadline_in_s
+        if not may.any():
+            return cls(runners, [], {}, {})
         mean = np.array(mean_s)
         ours = value_density(jobs.column("value")[rows][:, None], priced.finish_s) * slack_discount(
             deadline_in_s - priced.finish_s, mean, SLACK_K
         )
-        left_s = np.array([runner.left_s(now) for runner in runners])
-        runner_deadline_in_s = np.array([runner.job.deadline_at - now for runner in runners])
         # Without a deadline there is nothing to discount: it has waited for its turn already.
         laxity = np.where(np.isinf(runner_deadline_in_s), 0.0, laxity_s(runner_deadline_in_s, 0.0, left_s))
         theirs = value_density(np.array([runner.job.value for runner in runners]), left_s) * slack_discount(
             laxity, mean, SLACK_K
         )
-        ends_s, after_s = margin * priced.finish_s, margin * left_s
-        may = may_preempt(ours, theirs, ends_s, after_s, runner_deadline_in_s, ratio)
-        may &= ends_s <= deadline_in_s
-        if only_late:
-            may &= ends_s + after_s > deadline_in_s
+        may &= may_preempt(ours, theirs, ends_s, after_s, runner_deadline_in_s, ratio)
         found = np.flatnonzero(may.any(axis=1)).tolist()
         return cls(
             runners,

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.policy import dispatch, looking, ordering
+from coordinator.policy import dispatch, looking, ordering, starting
+from coordinator.policy.books import Books
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Drop, Job, NodeView, Pause, Resume, Start
 from coordinator.policy.dispatch import DispatchConfig, Dispatcher
@@ -139,7 +140,7 @@ class Mesh:
         open_tasks = set(self.jobs) - set(self.ended)
         if open_tasks:
             raise BrokenPromise(f"{sorted(open_tasks)} never ended")
-        if self.dispatcher.n_waiting or self.dispatcher.n_running or self.dispatcher._paused:
+        if self.dispatcher.n_waiting or self.dispatcher.n_running or self.dispatcher._books.paused:
             raise BrokenPromise("something is left in the books")
 
     # ── decisions ───────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +290,7 @@ def test_the_order_of_simultaneous_arrivals_and_of_nodes_changes_nothing(
             now = 0.7 * step
             for decision in made.decide(now):
                 told.append((type(decision).__name__, decision.task, getattr(decision, "node", None)))
-            for task in sorted(made._runs_on)[:1]:
+            for task in sorted(made._books.runs_on)[:1]:
                 made.ended(task, now)
         return told
 
@@ -322,12 +323,15 @@ def sizes(policy: str, seed: int, slots: int) -> list[str]:
         n = made.n_waiting + made.n_running
         if len(made._hopeless) > 2 * made.n_waiting + 65:
             return ["_hopeless"]
-        if len(made._runs_on) > n or len(made._yielding) > n or len(made._newcomers) > n:
+        books = made._books
+        if len(books.runs_on) > n or len(books.yielding) > n or len(made._newcomers) > n:
             return ["books"]
     mesh.finish()
-    made = mesh.dispatcher
-    held = [len(made._jobs), len(made._runs_on), len(made._yielding), len(made._newcomers), len(made._paused)]
-    left = [*held, len(made._nodes.needs.items()), len(made._nodes.reuses.items())]
+    made, books = mesh.dispatcher, mesh.dispatcher._books
+    held = [
+        len(table) for table in (books.jobs, books.runs_on, books.yielding, books.paused, made._newcomers)
+    ]
+    left = [*held, len(books.nodes.needs.items()), len(books.nodes.reuses.items())]
     return [f"left {left}"] if any(left) else []
 
 
@@ -344,11 +348,11 @@ def test_prices_are_the_cost_models_own_one_by_one(seed: int, n: int, m: int, sl
     if not made.n_waiting:
         return
     for columns in (np.arange(m), np.array([m - 1])):
-        priced = prices(made._jobs, made._nodes, slice(None), columns)
-        for row, job in enumerate(made._jobs.jobs):
+        priced = prices(made._books.jobs, made._books.nodes, slice(None), columns)
+        for row, job in enumerate(made._books.jobs.jobs):
             for index, node in enumerate(columns):
-                view = made._nodes.view(int(node))
-                rows = float(made._nodes.n_rows[node]) + 1
+                view = made._books.nodes.view(int(node))
+                rows = float(made._books.nodes.n_rows[node]) + 1
                 expected = made.cost.estimate(job.work, view.id, view.rates, rows=rows).service_s
                 assert priced.finish_s[row, index] == pytest.approx(expected)
 
@@ -379,7 +383,7 @@ def plant_late_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_double_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dispatcher, "_leave", lambda self, task: None)
+    monkeypatch.setattr(Books, "leave", lambda self, task: None)
 
 
 def plant_overfull_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,13 +402,13 @@ def plant_forgotten_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_forgotten_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dispatcher, "_resume", lambda self, now: [])
+    monkeypatch.setattr(dispatch, "resume", lambda books, policy, now: [])
 
 
 def plant_rejected_runners(monkeypatch: pytest.MonkeyPatch) -> None:
     def drop_anything(self: Dispatcher, now: float) -> list[Drop]:
         self._hopeless.clear()
-        return [Drop(task=task, reason="bad mood") for task in list(self._runs_on)[:1]]
+        return [Drop(task=task, reason="bad mood") for task in list(self._books.runs_on)[:1]]
 
     monkeypatch.setattr(Dispatcher, "_drop_hopeless", drop_anything)
 
@@ -445,7 +449,7 @@ def test_nodes_in_the_order_they_came_turn_the_permutation_check_red(monkeypatch
         keys = np.where(seen.scores[index] > -np.inf, seen.finish_s[index], np.inf)
         return None if keys.min() == np.inf else int(keys.argmin())
 
-    monkeypatch.setattr(dispatch, "column_for", column_for)
+    monkeypatch.setattr(starting, "column_for", column_for)
     check = test_the_order_of_simultaneous_arrivals_and_of_nodes_changes_nothing
     assert runs_red(lambda seed: check(), seeds=1)
 

@@ -471,8 +471,8 @@ def test_nothing_is_left_of_tasks_that_are_gone() -> None:
         made.ended(TaskId(name), float(k))
     assert made.n_waiting == made.n_running == 0
     assert len(made._hopeless) <= 100
-    assert len(made._nodes.needs) <= 2 and len(made._nodes.reuses) <= 2
-    assert len(made._nodes._slots[0].warm) <= 16
+    assert len(made._books.nodes.needs) <= 2 and len(made._books.nodes.reuses) <= 2
+    assert len(made._books.nodes._slots[0].warm) <= 16
 
 
 def test_explanations_name_the_nodes_that_were_not_taken_and_why() -> None:
