@@ -4,7 +4,7 @@
     density   the formulas                policies  one function each, by name   foresight a plan that expects
     jobs      the table of who waits      nodes     the table of nodes           recent    who came lately
     pricing   costs as arrays             looking   scores, and what must not    ordering  ties, and where to
-    books     who waits, what runs        starting  nodes with room are filled   giving_way  for whom, till when
+    books     who waits, what runs        starting  nodes with room are filled   giving_way  for whom
     dispatch  the queue, the decisions    preempting, explaining                 decisions in and out
 
 The real coordinator (``coordinator.placing``) and the simulator (``coordinator.virtual``) run this same code.

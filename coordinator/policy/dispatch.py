@@ -125,7 +125,7 @@ class Dispatcher:
         if not len(self._books.jobs):
             return hopeless_at
         contest_at = min(self._books.yielding.values(), default=FOREVER)
-        return min(hopeless_at, contest_at, self._again_at if self._books.nodes.has_room.any() else FOREVER)
+        return min(hopeless_at, contest_at, self._again_at if self._books.nodes.n_open else FOREVER)
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,9 +230,9 @@ class Dispatcher:
         if len(self._books.jobs):
             due = [task for task, at in self._books.yielding.items() if at <= now]
             is_news = self._is_news or now >= self._again_at
-            if due or (is_news and self._books.nodes.has_room.any()):
-                self._select(now)
-                decisions += fill(self._books, self.policy, now)
+            if due or (is_news and self._books.nodes.n_open):
+                if self._select(now) or self._may_start_more():
+                    decisions += fill(self._books, self.policy, now)
                 if self.policy.fill and self._holds_back(now):
                     decisions += fill(self._books, self._filling, now)
                 decisions += end_chunks(self._books, self.policy, sorted(due), now)
@@ -269,10 +269,11 @@ class Dispatcher:
             dropped.append(Drop(task=task, reason=hopeless_words(certain_s, job.deadline_at - now)))
         return sorted(dropped, key=lambda drop: drop.task)
 
-    def _select(self, now: float) -> None:
+    def _select(self, now: float) -> bool:
         """Ask the policy which of the waiting tasks may start at all, if there is news since it was asked."""
         keeps = self.policy.keeps
-        if keeps is not None and self._select_at <= now:
+        is_asked = keeps is not None and self._select_at <= now
+        if keeps is not None and is_asked:
             self._select_at = now + self._config.select_every_s
             margin = margin_after(self._margin_max, self.cost.errors().values())
             if margin != self.policy.margin:
@@ -280,6 +281,13 @@ class Dispatcher:
                 self._filling = replace(self._filling, margin=margin)
             scene = overview(self._books.jobs, self._books.nodes, now, self._books.recent)
             self._books.jobs.kept[:] = keeps(scene)
+        return is_asked
+
+    def _may_start_more(self) -> bool:
+        """Whether the policy may start what it did not a moment ago. As time alone goes by, ever less ends in
+        time on an idle node; in a batch those who run free it bit by bit, and refusals are forgotten."""
+        nodes = self._books.nodes
+        return self._is_news or bool(self._books.jobs.avoiding or nodes.n_rows[nodes.has_room].any())
 
     def _holds_back(self, now: float) -> bool:
         """Whether a task may wait that the policy would not start, and a node that has room would.
@@ -287,7 +295,7 @@ class Dispatcher:
         On an idle node, a task that is kept and can keep the margin somewhere is refused by both.
         """
         jobs, nodes = self._books.jobs, self._books.nodes
-        if not len(jobs) or not nodes.has_room.any():
+        if not len(jobs) or not nodes.n_open:
             return False
         if nodes.n_rows[nodes.has_room].any() or not jobs.kept.all():
             return True

@@ -44,8 +44,11 @@ def _best(nodes: NodeTable, finish_s: Floats, taken: int | None) -> list[int]:
     """The node taken, then those where the task would end first."""
     n = min(CANDIDATES_MAX, len(finish_s))
     last_s = np.partition(finish_s, n - 1)[n - 1] if n else 0.0
-    others = [int(node) for node in np.flatnonzero(finish_s <= last_s) if node != taken]
-    others.sort(key=lambda node: (finish_s[node], nodes.ids[node]))
+    near = (finish_s <= last_s).nonzero()[0]
+    in_order = sorted(
+        zip(finish_s[near].tolist(), [nodes.ids[node] for node in near], near.tolist(), strict=True)
+    )
+    others = [node for *_, node in in_order if node != taken]
     return [*([] if taken is None else [taken]), *others][:CANDIDATES_MAX]
 
 

@@ -70,9 +70,9 @@ def _contest(books: Books, policy: Policy, runner: Running, row: int, now: float
 
 def preempt(books: Books, policy: Policy, newcomers: list[TaskId], now: float) -> list[Decision]:
     """A newcomer of at least twice the density goes before a generation that can afford to wait."""
-    runners = _interruptible(books, policy, now)
     urgent = [task for task in newcomers if _is_urgent(books, task)]
-    if not runners or not urgent:
+    runners = _interruptible(books, policy, now) if urgent else []
+    if not runners:
         return []
     pairs = _pairs(books, policy, urgent, runners, now)
     decisions: list[Decision] = []
@@ -100,7 +100,7 @@ def _is_urgent(books: Books, task: TaskId) -> bool:
 def _interruptible(books: Books, policy: Policy, now: float) -> list[Running]:
     """Generation with time to spare on full nodes, where none stands still already."""
     found: list[Running] = []
-    for row in map(int, np.flatnonzero(~books.nodes.has_room)):
+    for row in (~books.nodes.has_room).nonzero()[0].tolist():
         view = books.nodes.view(row)
         if view.can_pause and view.is_ready and view.id not in books.paused:
             running = books.nodes.running(row).values()

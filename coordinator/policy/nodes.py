@@ -99,6 +99,8 @@ class NodeTable:
         self.n_rows: Floats = np.zeros(0)
         """Attempts that share steps on each node, paused ones apart."""
         self.has_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.n_open = 0
+        """Nodes with room."""
         self.has_tune_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.free_at: Floats = np.zeros(0)
         """When the next slot is expected to be free; -inf with room."""
@@ -167,6 +169,7 @@ class NodeTable:
         """Take a node out; what ran there comes back."""
         row = self._row.pop(node)
         ran = list(self._slots[row].running.values())
+        self.n_open -= bool(self.has_room[row])
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
@@ -261,6 +264,7 @@ class NodeTable:
         slots.n_sharing = n - n_tunes
         self.n_rows[row] = n - n_tunes
         room = view.is_ready and n < view.slots
+        self.n_open += room - bool(self.has_room[row])
         self.has_room[row] = room
         self.has_tune_room[row] = room and n_tunes < view.tunes_max
         self.free_at[row] = -FOREVER if room else free_at

@@ -66,8 +66,8 @@ def first_of(jobs: JobTable, scores: Floats) -> int | None:
     best = scores.max()
     if best == -np.inf:
         return None
-    ties = np.flatnonzero(scores == best)
-    return int(ties[0]) if len(ties) == 1 else min(map(int, ties), key=jobs.tie_of)
+    ties: list[int] = (scores == best).nonzero()[0].tolist()
+    return ties[0] if len(ties) == 1 else min(ties, key=jobs.tie_of)
 
 
 def column_for(nodes: NodeTable, seen: Look, index: int, place: Literal["first_end", "score"]) -> int | None:
@@ -79,7 +79,7 @@ def column_for(nodes: NodeTable, seen: Look, index: int, place: Literal["first_e
     best = keys[column]
     if best == np.inf:
         return None
-    ties = np.flatnonzero(keys == best)
+    ties: list[int] = (keys == best).nonzero()[0].tolist()
     if len(ties) == 1:
         return column
-    return min(map(int, ties), key=lambda column: nodes.ids[seen.scene.open_nodes[column]])
+    return min(ties, key=lambda column: nodes.ids[seen.scene.open_nodes[column]])

@@ -22,9 +22,9 @@ __all__ = ["fill", "look_at", "start"]
 
 def fill(books: Books, policy: Policy, now: float) -> list[Decision]:
     """Start what can start on nodes with room."""
-    open_nodes = np.flatnonzero(books.nodes.has_room)
-    if not len(open_nodes):
+    if not books.nodes.n_open:
         return []
+    open_nodes = books.nodes.has_room.nonzero()[0]
     if len(open_nodes) == 1:
         return _fill_one(books, policy, now, open_nodes)
     started: list[Start] = []

@@ -392,6 +392,7 @@ def plant_overfull_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(self: NodeTable, row: int) -> None:
         original(self, row)
         self.has_room[row] = True
+        self.n_open = len(self)
 
     monkeypatch.setattr(NodeTable, "_count", count)
 
