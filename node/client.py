@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from random import SystemRandom
 
+from mesh.core import Message
 from mesh.errors import ConfigError, DecodeError, EdgemeshError, UnreachableError, WrongKeyError
 from mesh.facts import BrokerRef, LinkDown, LinkUp
 from mesh.ids import NodeId, TaskId, new_boot
@@ -409,25 +410,38 @@ async def cancel_task(
 
     Repeats itself: a coordinator may change at this moment.
     """
+    async with contextlib.aclosing(_repeated(client, CancelTask(task=task), timeout_s)) as heard:
+        async for message in heard:
+            match message:
+                case TaskStatus(task=other) if other == task and message.is_final:
+                    return message
+                case TaskResult(task=other) if other == task:
+                    return message
+                case _:
+                    pass
+    return None
+
+
+async def _repeated(
+    client: MeshClient, question: CancelTask | ExplainTask, timeout_s: float
+) -> AsyncGenerator[Message]:
+    """Ask again and again, and tell what is heard meanwhile, until the time is over or the caller content."""
     until = time.monotonic() + timeout_s
     asked_at = 0.0
     is_linked = client.is_linked
     while (now := time.monotonic()) < until:
         if is_linked and now >= asked_at:
-            client.publish(CancelTask(task=task))
+            client.publish(question)
             asked_at = now + ACK_EVERY_S
         match await client.next(min(until, max(asked_at, now + 0.05)) - now):
             case LinkUp():
                 is_linked = True
             case LinkDown():
                 is_linked = False
-            case Heard(message=TaskStatus() as status) if status.task == task and status.is_final:
-                return status
-            case Heard(message=TaskResult() as result) if result.task == task:
-                return result
+            case Heard(message=message):
+                yield message
             case _:
                 pass
-    return None
 
 
 EXPLAIN_ROWS = (WHY, COORDINATOR, STATUS)
@@ -440,32 +454,23 @@ async def explain_task(client: MeshClient, task: TaskId, timeout_s: float = 10.0
     Raises:
         UnreachableError: Nobody does; the text says what is missing.
     """
-    until = time.monotonic() + timeout_s
-    asked_at = 0.0
-    is_linked = client.is_linked
     coordinator: NodeId | None = None
     status: TaskStatus | None = None  # retained; of a task that was refused it is all there is
-    while (now := time.monotonic()) < until:
-        if is_linked and now >= asked_at:
-            client.publish(ExplainTask(task=task))
-            asked_at = now + ACK_EVERY_S
-        match await client.next(min(until, max(asked_at, now + 0.05)) - now):
-            case LinkUp():
-                is_linked = True
-            case LinkDown():
-                is_linked = False
-            case Heard(message=LeaseRecord() as lease):
-                coordinator = lease.node if lease.kind == "lease" else None
-            case Heard(message=TaskStatus() as status) if status.task == task:
-                pass
-            case Heard(message=TaskExplanation() as told) if told.task == task:
-                if told.state is not None or status is None:
-                    return told
-                return replace(told, state=status.state, reason=status.reason, kind=status.kind,
-                               value=status.value, node=status.node, attempt=status.attempt)  # fmt: skip
-            case _:
-                pass
-    if not is_linked:
+    async with contextlib.aclosing(_repeated(client, ExplainTask(task=task), timeout_s)) as heard:
+        async for message in heard:
+            match message:
+                case LeaseRecord(node=node, kind=kind):
+                    coordinator = node if kind == "lease" else None
+                case TaskStatus(task=other) if other == task:
+                    status = message
+                case TaskExplanation(task=other) if other == task:
+                    if message.state is not None or status is None:
+                        return message
+                    return replace(message, state=status.state, reason=status.reason, kind=status.kind,
+                                   value=status.value, node=status.node, attempt=status.attempt)  # fmt: skip
+                case _:
+                    pass
+    if not client.is_linked:
         raise UnreachableError(f"no link to a broker: {client.trouble or 'it does not answer'}")
     if coordinator is None:
         raise UnreachableError("no node coordinates now: `edgemesh nodes` shows who is there")
