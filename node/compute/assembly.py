@@ -16,7 +16,7 @@ from node.compute.backbone.contract import Backbone
 from node.compute.features.shape import prove
 from node.compute.features.store import LocalStore
 from node.compute.messages import Load
-from node.compute.pausing import PausingEngine
+from node.compute.model_engine import ModelEngine
 from node.compute.rate_watch import Measure
 from node.compute.self_benchmark import SelfBenchmark
 from node.compute.serve.tokens import Tokens
@@ -36,7 +36,7 @@ def model_engine(
     backbone: Backbone,
     threads: int,
     clock: Callable[[], float] = time.monotonic,
-) -> PausingEngine:
+) -> ModelEngine:
     """``directory`` holds the model, ``digest`` is its weights' SHA-256. A model outside the Llama family is
     served without adapters and cannot be tuned. ``clock`` is what every duration is told by."""
     tokens = Tokens(directory)
@@ -44,10 +44,10 @@ def model_engine(
         facts = BackboneFacts.of(directory, digest)
     except ConfigError as error:
         log.info("no adapters: %s", error)
-        return PausingEngine(names, backbone, tokens, threads, clock, why_plain=str(error))
+        return ModelEngine(names, backbone, tokens, threads, clock, why_plain=str(error))
     shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=backbone.device)
     jobs = _Jobs(load, directory, digest, backbone, threads, clock)
-    return PausingEngine(names, backbone, tokens, threads, clock, shelf=shelf, make_job=jobs.job)
+    return ModelEngine(names, backbone, tokens, threads, clock, shelf=shelf, make_job=jobs.job)
 
 
 def measurement(directory: Path, digest: str, backbone: Backbone, threads: int) -> Measure:

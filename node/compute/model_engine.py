@@ -23,7 +23,7 @@ from node.compute.backbone.contract import Backbone, Segment
 from node.compute.backbone.deltas import Adapter
 from node.compute.backbone.llama import LlamaBackbone
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Run, Stop
+from node.compute.messages import Ended, Pause, Resume, Run, Stop
 from node.compute.serve.answers import Answer
 from node.compute.serve.prefixes import PREFIX_BYTES, Prefixes, kept_rows
 from node.compute.serve.sequences import Sequence
@@ -97,6 +97,8 @@ class ModelEngine:
         self._tuned_at = float("-inf")
         self._was_tuning = False
         self._attempts: dict[tuple[str, int], Answer | Texts] = {}
+        # Out of sight: no part in a step, no slot. The worker core pauses one at a time, which bounds memory.
+        self._paused: dict[tuple[str, int], Answer] = {}
         self.prefixes: Prefixes | None = None
         if isinstance(backbone, LlamaBackbone):
             self.prefixes = Prefixes(backbone, prefix_bytes)
@@ -174,7 +176,26 @@ class ModelEngine:
             )
         return Answer(run, ids, adapter, self._tokens, self._clock)
 
+    def pause(self, pause: Pause) -> None:
+        """What it has written and its states stay where they are; it goes on with its next token."""
+        key = (pause.task, pause.attempt)
+        attempt = self._attempts.get(key)
+        if not isinstance(attempt, Answer):
+            return
+        for sequence in attempt.sequences:
+            # Others that begin alike wait for who is reading. It reads again later, from what was kept.
+            if sequence.is_open and sequence.is_reading:
+                sequence.close(self.prefixes)
+        self._paused[key] = attempt
+        del self._attempts[key]
+
+    def resume(self, resume: Resume) -> None:
+        key = (resume.task, resume.attempt)
+        if key in self._paused:
+            self._attempts[key] = self._paused.pop(key)
+
     def stop(self, stop: Stop) -> list[Event]:
+        self.resume(Resume(task=stop.task, attempt=stop.attempt))
         attempt = self._attempts.get((stop.task, stop.attempt))
         if attempt is not None:
             return self._ended(attempt, attempt.cancel(stop.reason))

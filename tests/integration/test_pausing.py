@@ -8,7 +8,7 @@ import pytest
 
 from mesh.ids import TaskId
 from node.compute.messages import Ended, Pause, Resume, Stop, Text
-from node.compute.pausing import PausingEngine
+from node.compute.model_engine import ModelEngine
 from tests.serving_world import World, run_of
 
 LONG: dict[str, Any] = {"prompt": "a long story please " * 20, "max_tokens": 24}
@@ -25,7 +25,7 @@ class Driven:
     """An engine and all it has said."""
 
     def __init__(self, world: World, slots: int = 16) -> None:
-        self.engine = PausingEngine(("tiny",), world.backbone, world.tokens, shelf=world.shelf)
+        self.engine = ModelEngine(("tiny",), world.backbone, world.tokens, shelf=world.shelf)
         self.engine.slots = slots  # type: ignore[misc]
         self.events: list[Any] = []
 
