@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from coordinator.copies import rendezvous
 from coordinator.facts import (
     AttemptFinished,
     AttemptProgress,
@@ -334,3 +335,17 @@ class World:
 
 def ask(prompt: str = "hello", **fields: object) -> Submit:
     return Submit(prompt=prompt, **fields)  # type: ignore[arg-type]
+
+
+def mesh(n: int = 3, **settings: object) -> World:
+    """``n`` nodes, the first of which coordinates."""
+    names = [f"n{i}" for i in range(n)]
+    world = World(**settings).start(*names)  # type: ignore[arg-type]
+    world.elect("n0")
+    return world.run(0.1)
+
+
+def held_by(holder: str, candidates: list[str], prefix: str) -> TaskId:
+    """A task id whose first holder among ``candidates`` is ``holder``."""
+    names = (TaskId(f"{prefix}{i}") for i in range(1000))
+    return next(name for name in names if rendezvous(name, [NodeId(n) for n in candidates])[0] == holder)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from coordinator.admission import AdmissionConfig
 from coordinator.attempts import AttemptsConfig
-from coordinator.copies import rendezvous
-from coordinator.policy.policies import policy_named
-from coordinator.scheduler import Mode, SchedulerConfig
+from coordinator.scheduler import SchedulerConfig
 from coordinator.settlement import SettlementConfig
 from coordinator.store import StoreConfig
-from mesh.core import Broadcast
-from mesh.facts import Deposed, LinkUp, MemberChanged
-from mesh.ids import Epoch, NodeId, TaskId
+from mesh.ids import NodeId, TaskId
 from mesh.messages import (
     AdapterCard,
     Assign,
@@ -35,15 +29,7 @@ from mesh.messages import (
     TuneSpec,
     Unacceptable,
 )
-from tests.unit.task_world import World, answer_of, ask
-
-
-def mesh(n: int = 3, **settings: object) -> World:
-    names = [f"n{i}" for i in range(n)]
-    world = World(**settings).start(*names)  # type: ignore[arg-type]
-    world.elect("n0")
-    return world.run(0.1)
-
+from tests.unit.task_world import answer_of, ask, held_by, mesh
 
 # ── the way of a task ───────────────────────────────────────────────────────────────────────────────
 
@@ -419,12 +405,6 @@ def test_a_worker_forgets_an_outcome_only_when_two_disks_have_it() -> None:
         assert len(settled) >= 2
 
 
-def held_by(holder: str, candidates: list[str], prefix: str) -> TaskId:
-    """A task id whose first holder among ``candidates`` is ``holder``."""
-    names = (TaskId(f"{prefix}{i}") for i in range(1000))
-    return next(name for name in names if rendezvous(name, [NodeId(n) for n in candidates])[0] == holder)
-
-
 def test_a_result_does_not_wait_for_the_holder_but_the_workers_copy_does() -> None:
     world = mesh(3, slots=1, service_s=1)
     task = held_by("n2", ["n1", "n2"], "t")
@@ -438,143 +418,6 @@ def test_a_result_does_not_wait_for_the_holder_but_the_workers_copy_does() -> No
     world.cut.clear()
     world.run(10)
     assert f"attempt/{task}/1" not in world.hosts[NodeId("n1")].journal
-
-
-# ── coordinators come and go ────────────────────────────────────────────────────────────────────────
-
-
-def test_a_new_coordinator_carries_on_what_was_acknowledged() -> None:
-    world = mesh(3, service_s=3, slots=1)
-    for i in range(9):
-        world.say(ask(f"p{i}", id=TaskId(f"t{i}")))
-    world.run(1)
-    world.kill("n0")
-    world.bury("n0")
-    world.elect("n1")
-    world.run(60)
-    for i in range(9):
-        assert {result.text for result in world.results(f"t{i}")} == {f"answer to p{i}"}
-
-
-def test_a_change_of_coordinator_disturbs_no_running_work() -> None:
-    world = mesh(3, service_s=5, slots=1)
-    for i in range(3):
-        world.say(ask(f"p{i}", id=TaskId(f"t{i}")))
-    world.run(1)
-    world.learn("n0", Deposed(Epoch(1, NodeId("n0"))))
-    world.elect("n1")
-    world.run(20)
-    assert len(world.started) == 3
-    assert all(world.results(f"t{i}")[0].attempt == 1 for i in range(3))
-
-
-def test_a_submission_during_a_failover_is_neither_lost_nor_doubled() -> None:
-    world = mesh(3)
-    world.say(ask("before"))  # no id: only its body and age can tell it
-    world.run(0.2)
-    world.kill("n0")
-    world.say(ask("during"))
-    world.say(ask("during"))  # two clients may ask the same
-    world.bury("n0")
-    world.run(2)
-    world.elect("n1")
-    world.run(20)
-    prompts = sorted(assign.submit.prompt or "" for _, _, assign in world.started)
-    assert prompts.count("during") == 2
-    assert len({result.task for result in world.heard(TaskResult) if result.text == "answer to before"}) == 1
-
-
-def test_a_submission_said_while_recovering_is_taken_when_recovered() -> None:
-    world = mesh(3)
-    world.kill("n2")  # its inventory will not come, and nobody knows that it is dead
-    world.learn("n0", Deposed(Epoch(1, NodeId("n0"))))
-    world.elect("n1")
-    assert world.scheduler.mode is Mode.RECOVERING
-    world.say(ask(id=TaskId("t1")))
-    world.run(5)
-    assert world.states("t1")[-1] == "done"
-
-
-def test_recovered_work_waits_for_a_live_node_whose_answer_is_late() -> None:
-    """That node is the only one left which knows that the task is done."""
-    world = mesh(4, service_s=0.5)
-    task = held_by("n2", ["n1", "n2", "n3"], "t")
-    world.say(ask(id=task))
-    world.run(1)
-    assert len(world.started) == 1
-    world.kill("n0")
-    world.bury("n0")
-    world.cut.add(frozenset((NodeId("n1"), NodeId("n2"))))
-    world.elect("n1")
-    world.run(3.1)  # long enough that n3 was asked to hold what n1 only remembers having heard
-    assert world.scheduler.mode is Mode.ACTIVE
-    world.say(ask("new", id=TaskId("new")))
-    world.cut.clear()
-    world.run(10)
-    assert [assign.task for _, _, assign in world.started] == [task, "new"]
-    assert {result.epoch.term for result in world.results(task)} == {1}
-
-
-def test_a_fenced_coordinator_can_do_no_harm() -> None:
-    world = mesh(3, service_s=1)
-    world.elect("n1", told=False)  # n0 goes on believing in itself
-    world.run(3)
-    world.say(ask(id=TaskId("t1")))
-    world.run(5)
-    publishers = {
-        node for _, node, m in world.said if isinstance(m, TaskStatus | TaskResult) and m.task == "t1"
-    }
-    assert publishers == {"n1"}
-    assert len(world.started) == 1
-
-
-def test_an_old_disk_does_not_bring_a_settled_task_back_to_life() -> None:
-    world = mesh(3, service_s=2, slots=1)
-    for i in range(6):
-        world.say(ask(f"p{i}", id=TaskId(f"t{i}")))
-    world.run(1)
-    world.kill("n2")
-    world.bury("n2")
-    world.run(30)
-    n_started = len(world.started)
-    world.start("n2")
-    world.run(10)
-    assert len(world.started) == n_started
-    for key, record in world.hosts[NodeId("n2")].journal.items():
-        if isinstance(record, TaskRecord):
-            assert record.outcome is not None, f"{key} is still open on the disk that was away"
-
-
-def test_parts_that_settled_one_task_differently_end_with_one_outcome() -> None:
-    world = mesh(2, service_s=1, slots=1)
-    world.say(ask("a", id=TaskId("a"), deadline_s=30))
-    world.say(ask("b", id=TaskId("b"), deadline_s=30))
-    world.run(0.2)
-    world.cut.add(frozenset((NodeId("n0"), NodeId("n1"))))
-    world.bury("n1")  # n0 and n1 each think the other is dead
-    world.bury("n0")
-    world.elect("n1", told=False)
-    world.run(60)
-    world.cut.clear()
-    world.learn("n0", Deposed(Epoch(1, NodeId("n0"))))
-    world.learn("n0", MemberChanged(NodeId("n1"), "alive", 2))
-    world.learn("n1", MemberChanged(NodeId("n0"), "alive", 2))
-    world.run(10)
-    for task in "ab":
-        outcomes = [host.journal[f"task/{task}"].outcome for host in world.up]
-        assert outcomes[0] is not None and outcomes[0] == outcomes[1]
-
-
-def test_a_new_broker_hears_everything_retained_again() -> None:
-    world = mesh(3, slots=1)
-    world.say(ask(id=TaskId("done")))
-    world.run(5)
-    effects = world.hosts[NodeId("n0")].stack.learn(LinkUp(2, NodeId("n1")), world.now)
-    said = [effect.message for effect in effects if isinstance(effect, Broadcast)]
-    assert {type(message) for message in said if getattr(message, "task", None) == "done"} >= {
-        TaskResult,
-        TaskStatus,
-    }
 
 
 # ── bounds ──────────────────────────────────────────────────────────────────────────────────────────
@@ -640,78 +483,3 @@ def test_counts_follow_the_tasks() -> None:
     assert world.scheduler.counts == {"queued": 2, "running": 1}
     world.run(10)
     assert world.scheduler.counts == {"done": 3}
-
-
-# ── decisions, through the whole coordinator ───────────────────────────────────────────────
-
-
-def five_seconds(assign: Assign) -> Outcome:
-    return answer_of(assign, service_s=5.0)
-
-
-def test_what_cannot_be_done_in_time_is_rejected_at_once_and_the_client_is_told_the_numbers() -> None:
-    world = World(slots=1, service_s=5.0, answer=five_seconds).start("n0")
-    world.elect("n0")
-    for k in range(3):  # what a node takes is believed once three answers have been seen
-        world.say(ask(f"lesson {k}"))
-        world.run(6)
-    world.say(ask(id=TaskId("hopeless"), deadline_s=3.0, reply_to="me/replies"))
-    assert world.states("hopeless") == ["rejected"]
-    (status,) = world.replies("me/replies")
-    assert re.fullmatch(r"best node needs [45]\.\d s, 3\.0 s left", status.reason or "")
-    assert not [assign for _, _, assign in world.started if assign.task == "hopeless"]
-
-
-def test_a_task_that_becomes_hopeless_while_it_waits_is_rejected_before_its_deadline() -> None:
-    world = World(slots=1, service_s=5.0, answer=five_seconds).start("n0", "n1")
-    world.elect("n0")
-    for k in range(8):
-        world.say(ask(f"lesson {k}"))
-    world.run(40)
-    for k in range(2):
-        world.say(ask(f"keeps the slot {k}"))
-    world.say(ask(id=TaskId("waits"), deadline_s=8.0))
-    world.run(1)
-    assert world.states("waits") == ["queued"]
-    world.run(6)
-    assert world.states("waits") == ["queued", "rejected"]
-    (result,) = world.results("waits")
-    assert re.fullmatch(r"best node needs [45]\.\d s, [2345]\.\d s left", result.reason or "")
-
-
-def test_the_denser_task_goes_first_and_the_decision_is_kept_for_people() -> None:
-    world = World(slots=1, service_s=1.0, policy=policy_named("vdf")).start("n0")
-    world.elect("n0")
-    world.say(ask("keeps the slot", id=TaskId("first")))
-    world.say(ask("cheap", id=TaskId("cheap"), value=1.0))
-    world.say(ask("dear", id=TaskId("dear"), value=9.0))
-    world.run(3)
-    assert [assign.task for _, _, assign in world.started] == ["first", "dear", "cheap"]
-    (noted,) = world.scheduler.explanations.of(TaskId("dear"))
-    assert "first of 2 by vdf" in noted.decision.why.words
-
-
-def test_an_urgent_task_may_stand_in_for_a_running_one_and_the_worker_is_told_whom() -> None:
-    world = World(slots=1, service_s=20.0, policy=policy_named("vdf+preempt")).start("n0")
-    world.elect("n0")
-    world.say(ask("long", id=TaskId("long"), max_tokens=2000, deadline_s=10_000.0))
-    world.run(0.1)
-    world.say(ask("urgent", id=TaskId("urgent"), max_tokens=10, deadline_s=4.0, value=50.0))
-    world.run(0.1)
-    orders = [assign for _, _, assign in world.started]
-    assert [(order.task, order.pauses) for order in orders] == [("long", None), ("urgent", "long")]
-
-
-def test_what_was_learned_meanwhile_makes_no_newcomer_of_a_waiting_task() -> None:
-    """A newcomer may stand in for a running one. It came before what runs now, and was no reason then."""
-    world = World(slots=1, service_s=20.0, policy=policy_named("vdf+preempt")).start("n0")
-    world.elect("n0")
-    world.say(ask("keeps the slot", id=TaskId("first"), value=100.0, max_tokens=2000, deadline_s=10_000.0))
-    world.run(0.1)
-    world.say(ask("waits", id=TaskId("waits"), max_tokens=1000, deadline_s=9000.0))
-    world.run(0.1)
-    waiting = world.scheduler._placing._dispatcher.waiting(TaskId("waits"))
-    world.scheduler._cost.learn_answer(max_tokens=100, n_tokens=1)
-    world.run(3)  # everything about the task that falls due
-    assert world.scheduler._placing._dispatcher.waiting(TaskId("waits")) is waiting
-    assert [assign.task for _, _, assign in world.started] == ["first"]
