@@ -148,9 +148,10 @@ def _times(work: Work, factor: float) -> Work:
     )
 
 
-def body_of(task: VirtualTask, factors: Mapping[TaskKind, float]) -> Submit:
-    """A submission that takes just this work: its factor is taken out again."""
-    work, rng = _times(task.work, 1 / factors[task.work.kind]), Random(task.id)
+def body_of(task: VirtualTask, factors: Mapping[TaskKind, float], once: str) -> Submit:
+    """A submission that takes just this work: its factor is taken out again. The words are those of ``once``
+    alone: adapters, features and beginnings of prompts that another mesh or run has left are of no use."""
+    work, rng = _times(task.work, 1 / factors[task.work.kind]), Random(f"{once}/{task.id}")
     match work.kind:
         case "generate":
             asked = f"Write a very long story with these words: {_text(rng, work.n_prompt_tokens - 10)}"
@@ -186,6 +187,8 @@ class _Side:
     policy: str
     mesh: LocalMesh
     client: Traffic
+    once: str
+    """Drawn anew by every run, for each mesh."""
     real: list[RunMetrics] = field(default_factory=list)
     virtual: list[RunMetrics] = field(default_factory=list)
 
@@ -202,7 +205,7 @@ async def _side(policy: str) -> AsyncIterator[_Side]:
             await mesh.start("--slowdown", str(slowdown))
         await asyncio.gather(*(node.wait_for("engine_ready", START_TIMEOUT_S) for node in mesh.nodes))
         async with traffic(mesh) as client:
-            yield _Side(policy, mesh, client)
+            yield _Side(policy, mesh, client, secrets.token_hex(4))
     shutil.rmtree(directory / "meshes" / name, ignore_errors=True)
 
 
@@ -231,7 +234,8 @@ async def _play(
 ) -> float:
     """One trace on one mesh and in the simulator; the median lag in seconds."""
     name = f"s{seed}"
-    ends, _ = await play(side.client, tasks, partial(body_of, factors=factors), name=name)
+    body = partial(body_of, factors=factors, once=f"{side.once}/{name}")
+    ends, _ = await play(side.client, tasks, body, name=name)
     failed = [end for end in ends if end.how == "lost"]
     assert not failed, f"{len(failed)} tasks failed, such as {failed[0].task}: {failed[0].reason}"
     side.real.append(metrics_of(ends))
@@ -309,7 +313,8 @@ async def _factors(side: _Side, specs: Sequence[NodeSpec]) -> dict[TaskKind, flo
                 id=TaskId(f"{work.kind}-{n}"), arrives_at=0, deadline_at=FIRST_DEADLINE_S, value=1,
                 work=work, true_factor=1,
             )  # fmt: skip
-            ends, results = await play(side.client, [task], partial(body_of, factors=plain), name="first")
+            body = partial(body_of, factors=plain, once=side.once)
+            ends, results = await play(side.client, [task], body, name="first")
             assert ends[0].how == "done", ends[0]
             (result,) = results.values()
             factors[work.kind] = result.service_s / service_s(work, fastest)
