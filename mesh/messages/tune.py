@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +17,7 @@ from mesh.messages.checks import (
     check_text,
 )
 
-__all__ = ["INLINE_DATA_BYTES_MAX", "TaskProgress", "TuneSpec", "TuneTask"]
+__all__ = ["INLINE_DATA_BYTES_MAX", "TaskProgress", "TuneSpec", "TuneTask", "features_identity"]
 
 TuneTask = Literal["classify", "chat", "complete"]
 
@@ -93,6 +95,29 @@ class TuneSpec:
         check_count("max_tokens", self.max_tokens, 32_768, least=1)
         if not 0 <= self.feature_error < 1:
             raise ValueError(f"feature_error must be from 0 (exact) to below 1, got {self.feature_error}")
+
+
+def features_identity(spec: TuneSpec) -> str:
+    """32 hexadecimal digits: specs with the same ones read the same features, given the same backbone.
+
+    Which texts, how they become tokens, and at what cut they are read; nothing of how they are learned from.
+    """
+    whole = {
+        "data": spec.data_sha256 or _sha256_of(spec.data),
+        "eval": spec.eval_sha256 or _sha256_of(spec.eval_data),
+        "task": spec.task,
+        "max_tokens": spec.max_tokens,
+        "skip_bad": spec.skip_bad,
+        "is_activated": spec.method == "alora",  # its invocation is among the tokens
+        "top_layers": spec.top_layers,
+        "feature_error": spec.feature_error,
+    }
+    canonical = json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
+
+
+def _sha256_of(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from mesh.messages import (
     AttemptEnded,
     AttemptId,
     ChatMessage,
+    FeaturesHeld,
     Inventory,
     LeaseRecord,
     NodeState,
@@ -99,6 +100,17 @@ outputs = st.one_of(
             task=names,
             labels=st.lists(plain_texts, max_size=3),
             metric=st.none() | numbers,
+        ),
+        features=st.none()
+        | st.builds(
+            FeaturesHeld,
+            top_layers=st.integers(1, 99),
+            profile=names,
+            n_tokens=st.integers(0, 2**53 - 1),
+            n_bytes=st.integers(0, 2**53 - 1),
+            sample_keys=st.lists(st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=32),
+            n_found=st.integers(0, 2**53 - 1),
+            fetch_s=st.floats(0, 1e9),
         ),
     ),
 )

@@ -18,6 +18,7 @@ from mesh.messages import (
     ChatMessage,
     Drain,
     EpochSeen,
+    FeaturesHeld,
     LeaseRecord,
     NodeReport,
     Outcome,
@@ -195,6 +196,9 @@ def test_the_largest_record_of_each_kind_fits_one_frame_and_its_result_one_json_
         name="a" * 63, digest="d" * 64, method="lora", top_layers=4, first_layer=26, bytes=10**9,
         task="classify", labels=["😀" * (LABEL_BYTES_MAX // LABELS_MAX // 4)] * LABELS_MAX, metric=0.1,
     )  # fmt: skip
+    held = FeaturesHeld(
+        top_layers=4, profile="x" * 256, n_tokens=10**9, n_bytes=10**12, sample_keys=["f" * 64] * 32
+    )
     data = "x" * INLINE_DATA_BYTES_MAX
     numbers = [[-1.2345678901234567e-100] * (NUMBERS_MAX // TEXTS_MAX)] * TEXTS_MAX
     submit, output = {
@@ -205,7 +209,7 @@ def test_the_largest_record_of_each_kind_fits_one_frame_and_its_result_one_json_
         ),
         "tune": (
             Submit(kind="tune", tune=TuneSpec(adapter="a", data=data, eval_data=data), **small),
-            Output(adapter=card),
+            Output(adapter=card, features=held),
         ),
     }[kind]
     outcome = replace(OUTCOME, text="x" * 4096, output=output)
