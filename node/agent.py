@@ -33,7 +33,6 @@ from coordinator.facts import (
 )
 from coordinator.policy.policies import policy_named
 from coordinator.stack import Cores, build_cores
-from mesh.brokers.contract import BrokerSettings
 from mesh.core import Fact
 from mesh.driver import Driver
 from mesh.errors import ConfigError, EdgemeshError
@@ -53,23 +52,19 @@ from mesh.facts import (
 )
 from mesh.ids import NodeId, new_boot
 from mesh.journal import Journal
-from mesh.messages import NodeForgotten, NodeInfo, NodeReport, NodeState, PeerHello
+from mesh.messages import NodeForgotten, NodeReport, NodeState, PeerHello
 from mesh.messages.node import ADAPTERS_MAX, ADDRESSES_MAX
-from mesh.packets import node_filters
-from mesh.topics import COSTS, EVENT, PROGRESS, RESULT, STATUS, STREAM, access_list
 from mesh.transport.bus import Heard
 from mesh.transport.discovery import Advert, Discovery, Gone, Sighting
 from mesh.transport.identity import MeshKey
 from mesh.transport.interfaces import local_addresses
-from mesh.transport.mqtt import MqttBus
-from mesh.transport.streams import DEFAULT_PORT, PeerClient, PeerServer
-from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
+from mesh.transport.streams import PeerClient
 from node import __version__
-from node.broker_host import BrokerHost
 from node.compute.models import DEFAULT_MODEL, resolve
 from node.faces.view import View, ViewBuilder
 from node.fact_log import log_fact
 from node.logs import say, set_up
+from node.parts import broker_host_of, bus_of, info_of, server_of
 from node.peers import PROBE_TIMEOUT_S, Peers
 from node.profile import VitalsReader, profile
 from node.settings import Settings, broker_text
@@ -143,19 +138,9 @@ class Agent:
         self._model = (settings.model or DEFAULT_MODEL) if settings.compute else None
         model_name = resolve(self._model).name if self._model is not None else None
         identity = slot.identity(key)
-        self._server = PeerServer(
-            identity.server_context(),
-            self._hello,
-            hosts=local_addresses(settings.interfaces) if settings.interfaces else None,
-            port=settings.port or DEFAULT_PORT,
-        )
+        self._server = server_of(settings, identity, self._hello)
         self._client = PeerClient(identity.client_context())
-        self._info = NodeInfo(
-            node=self.node, incarnation=slot.incarnation, hostname=device.hostname, version=__version__,
-            protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX, addresses=[], port=0,
-            system=device.system, device="none", n_cpus=device.n_cpus,
-            memory_bytes=device.memory_bytes, model=model_name, adapters=[], slots=0,
-        )  # fmt: skip
+        self._info = info_of(slot, device, model_name)
         self._me = NodeState(node=self.node, state="online", incarnation=slot.incarnation, boot=self._boot)
         self.cores: Cores = build_cores(
             me=self._me,
@@ -166,18 +151,12 @@ class Agent:
             external=settings.broker,
             policy=policy_named(settings.policy),
         )
-        # The terminal view shows the work of the whole mesh; a node without one does not need to hear it.
-        rows = [STATUS, STREAM, PROGRESS, RESULT, EVENT, COSTS] if self.has_screen else []
-        self.bus = MqttBus(
-            mesh=settings.mesh,
-            me=self.node,
-            boot=self._boot,
-            filters=[
-                *node_filters(settings.mesh, self.node),
-                *(row.filter(settings.mesh) for row in rows),
-            ],
+        self.bus = bus_of(
+            settings,
+            identity,
+            self._me,
             will=lambda: replace(self.cores.membership.state, state="offline"),
-            tls=identity.broker_context,
+            hears_all=self.has_screen,
         )
         self._view = ViewBuilder(
             mesh=settings.mesh, version=__version__, fingerprint=key.fingerprint, me=self.node
@@ -195,20 +174,7 @@ class Agent:
             seeds=[(seed.host, seed.port) for seed in settings.seeds],
             learn=self._driver.learn,
         )
-        self._broker_host = BrokerHost(
-            me=self.node,
-            settings=BrokerSettings(
-                mesh=settings.mesh,
-                identity=identity,
-                plain_port=settings.plain_port if settings.plain else None,
-                directory=slot.path / "broker",
-                kind=settings.broker_kind,
-                access_list=access_list(settings.mesh),
-            ),
-            listen=self._listen_addresses,
-            advertised=lambda: local_addresses(settings.interfaces, link_local=False),
-            learn=self._driver.learn,
-        )
+        self._broker_host = broker_host_of(settings, identity, slot, learn=self._driver.learn)
         self._worker: ComputeWorker | None = None
         if self._model is not None:
             from node.worker import ComputeWorker, load_of  # a node without compute does without
@@ -482,13 +448,6 @@ class Agent:
             if self._draining_to_leave and self.cores.worker.is_idle:
                 self.stop()
             await asyncio.sleep(REPORT_EVERY_S)
-
-    def _listen_addresses(self) -> tuple[str, ...]:
-        """Everywhere, so that a network that comes later is served too; or where the operator said."""
-        here = local_addresses(self._settings.interfaces)
-        if self._settings.interfaces:
-            return here
-        return ("0.0.0.0", "::") if any(":" in address for address in here) else ("0.0.0.0",)
 
     def _addresses(self) -> list[str]:
         return list(local_addresses(self._settings.interfaces, link_local=False))[:ADDRESSES_MAX]
