@@ -67,6 +67,8 @@ WITHOUT_TORCH = tuple(
         "adapters/card",
         "adapters/tensors",
         "backbone/precision",
+        "features/key",
+        "features/link",
     )
 )
 """Files of the compute process that the node and the commands import, too: they start without torch."""

@@ -111,10 +111,18 @@ class LocalStore:
         return [found.get(key) for key in keys]
 
     def put(self, entries: Mapping[bytes, Entry]) -> None:
-        for key, entry in entries.items():
-            self._remember(key, entry)
+        self.remember(entries)
         if self._disk is not None:
             self._disk.put(entries)
+
+    def remember(self, entries: Mapping[bytes, Entry]) -> None:
+        """Keep these in memory only."""
+        for key, entry in entries.items():
+            self._remember(key, entry)
+
+    def has(self, key: bytes) -> bool:
+        """Whether ``get`` would most likely find it; nothing is read."""
+        return key in self._memory or (self._disk is not None and key in self._disk.places)
 
     def catalogue(self) -> Catalogue:
         keys = set(self._memory)
