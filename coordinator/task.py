@@ -68,9 +68,9 @@ def digest_of(submit: Submit) -> str:
     >>> digest_of(Submit(prompt="hi", reply_to="a")) == digest_of(Submit(prompt="hi"))
     True
     """
-    body = [
-        (name, getattr(submit, name)) for name in (f.name for f in fields(submit)) if name not in _NOT_BODY
-    ]
+    names = (f.name for f in fields(submit) if f.name not in _NOT_BODY)
+    # A field that came later is no part of the bodies that do not have it: their digests are on disks.
+    body = [(name, getattr(submit, name)) for name in names if name != "features" or submit.features]
     # repr of str, int, float, bool, None, lists of those, ChatMessage and TuneSpec is injective and stable.
     return hashlib.sha256(repr(body).encode("utf-8", "surrogatepass")).hexdigest()
 

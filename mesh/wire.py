@@ -29,6 +29,7 @@ from mesh.errors import DecodeError
 from mesh.ids import MeshName, TaskId, is_id
 from mesh.messages import (
     ChatMessage,
+    FeaturesSpec,
     Submit,
     TaskReply,
     TaskResult,
@@ -258,6 +259,8 @@ def read_submit(
         _check_fields(plain, Submit, "")
         if isinstance(plain.get("tune"), dict):
             _check_fields(plain["tune"], TuneSpec, "tune.")
+        if isinstance(plain.get("features"), dict):
+            _check_fields(plain["features"], FeaturesSpec, "features.")
         for i, message in enumerate(plain["messages"] if isinstance(plain.get("messages"), list) else []):
             if isinstance(message, dict):
                 _check_fields(message, ChatMessage, f"messages[{i}].")

@@ -60,6 +60,8 @@ class FeaturesHeld:
     n_tokens: int
     n_bytes: int
     """What all of them take, as stored."""
+    codec: str = "raw"
+    """How they are written down."""
     sample_keys: list[str] = field(default_factory=list)
     """Keys of some blocks in hexadecimal, spread over all texts."""
     n_found: int = 0
@@ -72,7 +74,8 @@ class FeaturesHeld:
     def __post_init__(self) -> None:
         for name in ("top_layers", "n_tokens", "n_bytes", "n_found", "n_fetched", "n_computed"):
             check_count(name, getattr(self, name))
-        check_text("profile", self.profile, 256)
+        check_text("profile", self.profile, 512)
+        check_text("codec", self.codec, 32)
         check_seconds("fetch_s", self.fetch_s)
         if len(self.sample_keys) > SAMPLE_KEYS_MAX:
             raise ValueError(f"at most {SAMPLE_KEYS_MAX} sample_keys")

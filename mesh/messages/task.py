@@ -18,6 +18,7 @@ from typing import Literal
 
 from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages.checks import check_count, check_id, check_positive, check_seconds, check_text
+from mesh.messages.features import FeaturesSpec
 from mesh.messages.output import TEXTS_MAX, Output
 from mesh.messages.tune import TuneSpec
 
@@ -56,7 +57,7 @@ TERMINAL_STATES = frozenset({"done", "failed", "rejected", "expired", "cancelled
 PROMPT_BYTES_MAX = 256 * 1024  # 64 k tokens of English: twice the longest context we serve
 ANSWER_BYTES_MAX = 192 * 1024  # 32 k tokens of English; with its prompt it still fits one frame (mesh.wire)
 STOP_STRINGS_MAX = 16
-TaskKind = Literal["generate", "score", "classify", "embed", "tune"]
+TaskKind = Literal["generate", "score", "classify", "embed", "tune", "features"]
 MAX_TOKENS_MAX = 32_768
 
 
@@ -79,6 +80,7 @@ class Submit:
     classify  the label of each of ``texts`` by the classifier that ``adapter`` names
     embed     a unit vector for each of ``texts``
     tune      trains the adapter that ``tune`` describes
+    features  makes the feature maps that a task with this ``tune`` or these ``texts`` is going to read
     ========  ==========================================================================================
 
     ``id`` is an idempotency key: the same body under the same id is the same task, however often it
@@ -106,6 +108,8 @@ class Submit:
     """A topic for acknowledgement and result; MQTT 5 clients set the response topic instead."""
     correlation: str | None = None
     """Comes back with every reply (MQTT 5 correlation data, as text or hexadecimal)."""
+    features: FeaturesSpec | None = None
+    """features: which; may be left out where ``tune`` says it all."""
 
     def __post_init__(self) -> None:
         if self.id is not None:
@@ -157,11 +161,15 @@ class Submit:
             raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
         if self.kind == "generate" and not (has_prompt or has_messages):
             raise ValueError("give either 'prompt' (a string) or 'messages' (a list), and not both")
+        if self.kind == "features":
+            self._check_features(has_prompt or has_messages)
+        elif self.features is not None:
+            raise ValueError("'features' needs kind 'features'")
         if self.kind in ("classify", "embed", "tune") and (has_prompt or has_messages):
             inputs = "'tune'" if self.kind == "tune" else "'texts'"
             raise ValueError(f"a {self.kind} task takes {inputs}, not 'prompt' or 'messages'")
         wants_texts = self.kind in ("score", "classify", "embed")
-        if wants_texts != bool(self.texts):
+        if self.kind != "features" and wants_texts != bool(self.texts):
             raise ValueError(
                 f"a {self.kind} task needs 'texts' (a list of strings)"
                 if wants_texts
@@ -170,7 +178,7 @@ class Submit:
         if len(self.texts) > TEXTS_MAX or any(not text.strip() for text in self.texts):
             raise ValueError(f"texts takes 1 to {TEXTS_MAX} strings that are not empty")
         check_text("texts", "".join(self.texts), PROMPT_BYTES_MAX)
-        if (self.kind == "tune") != (self.tune is not None):
+        if self.kind != "features" and (self.kind == "tune") != (self.tune is not None):
             raise ValueError(
                 "a tune task needs 'tune': what to train"
                 if self.kind == "tune"
@@ -180,6 +188,19 @@ class Submit:
             raise ValueError("a classify task needs 'adapter', a classifier made by a tune task")
         if self.kind == "tune" and self.adapter is not None:
             raise ValueError("a tune task names its adapter in 'tune', not in 'adapter'")
+
+    def _check_features(self, has_words: bool) -> None:
+        """Records, or texts and how they are read; no adapter changes feature maps below its first layer."""
+        reads = self.features.reads if self.features is not None else "tune"
+        if (reads == "tune") != (self.tune is not None) or (self.tune is not None) == bool(self.texts):
+            raise ValueError(
+                "a features task needs 'tune' (what is going to be trained), or 'texts' and in 'features' "
+                "which kind of task reads them"
+            )
+        if has_words and reads != "score":
+            raise ValueError("only texts to score are read after 'prompt' or 'messages'")
+        if self.adapter is not None:
+            raise ValueError("a features task takes no 'adapter': feature maps are the same for all")
 
 
 def _is_plain_topic(topic: str) -> bool:
