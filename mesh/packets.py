@@ -23,6 +23,7 @@ from mesh.messages import (
     ExplainTask,
     LeaseRecord,
     NodeForgotten,
+    RingRecord,
     Submit,
     TaskExplanation,
     TaskForgotten,
@@ -33,6 +34,7 @@ from mesh.messages import (
 from mesh.topics import (
     BASE,
     CANCEL,
+    CATALOGUE,
     CLEARS,
     COORDINATOR,
     EXPLAIN,
@@ -40,6 +42,7 @@ from mesh.topics import (
     INFO,
     METRICS,
     REPLY,
+    RING,
     STATE,
     STATUS,
     SUBMIT,
@@ -80,7 +83,10 @@ class Packet:
 def node_filters(mesh: MeshName, me: NodeId) -> list[str]:
     """What a node listens to: all about its peers, its own inbox, the coordinator, and what clients ask."""
     return [
-        *(row.filter(mesh) for row in (STATE, INFO, METRICS, COORDINATOR, SUBMIT, CANCEL, EXPLAIN)),
+        *(
+            row.filter(mesh)
+            for row in (STATE, INFO, METRICS, CATALOGUE, COORDINATOR, RING, SUBMIT, CANCEL, EXPLAIN)
+        ),
         INBOX.filter(mesh, to=me),
     ]
 
@@ -105,6 +111,9 @@ def outgoing(message: Message, *, mesh: MeshName, me: NodeId, to: NodeId | None 
     if row is INBOX:
         assert to is not None, f"{type(message).__name__} goes to one node's inbox: name it"
         return [Packet(topic=INBOX.topic(mesh, node=me, to=to), payload=payload, qos=row.qos)]
+    if row is CATALOGUE:
+        topic = row.topic(mesh, node=me)
+        return [Packet(topic=topic, payload=payload, qos=row.qos, retain=row.retain)]
     if isinstance(message, TaskReply):
         data = None if message.correlation is None else wire.correlation_bytes(message.correlation)
         payload = wire.encode_reply(message)
@@ -158,18 +167,18 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
         if row is STATE:
             return Heard(NodeForgotten(node=NodeId(ids["node"])), NodeId(ids["node"]))
         return Heard(TaskForgotten(task=TaskId(ids["task"])), CLIENT) if row is STATUS else None
-    if row is INBOX:
-        command = wire.MESH.decode(packet.payload)
-        if type(command) not in row.payload:
-            raise DecodeError(f"{type(command).__name__} does not travel by a node's inbox")
-        return Heard(command, NodeId(ids["node"]))
+    if row in (INBOX, CATALOGUE):
+        said = wire.MESH.decode(packet.payload)
+        if type(said) not in row.payload:
+            raise DecodeError(f"{type(said).__name__} does not travel by {row.pattern}")
+        return Heard(said, NodeId(ids["node"]))
     message: Message = wire.decode_json(packet.payload, row.payload[0])
     for name, id_in_topic in ids.items():
         if (id_inside := getattr(message, name)) != id_in_topic:
             raise DecodeError(f"the topic says {name} {id_in_topic}, the payload {str(id_inside)[:80]!r}")
     if row in (STATE, INFO, METRICS):
         return Heard(message, NodeId(ids["node"]))
-    if isinstance(message, LeaseRecord | TaskStatus | TaskResult | TaskExplanation | CostReport):
+    if isinstance(message, LeaseRecord | TaskStatus | TaskResult | TaskExplanation | CostReport | RingRecord):
         return Heard(message, message.epoch.node)
     return Heard(message, CLIENT)
 

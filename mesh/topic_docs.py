@@ -21,7 +21,7 @@ from mesh.messages.output import NUMBERS_MAX, TEXTS_MAX
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
 from mesh.messages.tune import INLINE_DATA_BYTES_MAX
 from mesh.topic_prose import HEAD, REASONS, REPLIES, STATEMENTS, STATES, SUBMIT
-from mesh.topics import BASE, INBOX, REPLY, TABLE, Topic, access_list
+from mesh.topics import BASE, REPLY, TABLE, Topic, access_list
 from mesh.units import bytes_text
 from mesh.wire import (
     FRAME_BYTES_MAX,
@@ -100,6 +100,7 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
         steps=125, loss=0.41, metric=0.875, eta_s=12.5, cache_hits=960, cache_misses=40,
         text="epoch 3 of 5",
     ),
+    m.RingRecord: m.RingRecord(epoch=_EPOCH, change=3, quotas={_WORKER: 8 * 10**9, _NODE: 2 * 10**9}),
     m.TaskEvent: m.TaskEvent(text="desktop-91b0e4 finished t-5d1c0a9e77f2 in 0.4 s", task=_TASK),
 }  # fmt: skip
 
@@ -108,7 +109,8 @@ _NOTES: dict[type, str] = {
     m.NodeInfo: "`rates` are the node's own measure of itself, for whoever must expect something before the node has worked:"
     " each is as others see it. `row_cost` is the share of a step that each further answer adds; `origin` is `measured`,"
     " `busy` (beside other work: measured again later) or `guessed`; `emulated_slowdown` above 1 says that the node plays"
-    " a slower one (`--slowdown`).",
+    " a slower one (`--slowdown`). `cache_bytes` is what it gives to the mesh's memory; `holds` is `top` where the node has"
+    " the upper layers of the model only.",
     m.TaskStatus: "`node` is where it runs or ran, `attempt` counts its tries from 1, `durable_on` the nodes that have it on"
     " disk, and `budget_s` is the time left to the deadline when this was sent: devices share no clock, so no time of day"
     " ever travels.",
@@ -167,7 +169,7 @@ def _section(row: Topic) -> str:
         f"{kinds}, {row.encoding}, QoS {row.qos}{', retained' if row.retain else ''}."
         f" Written by {row.writer}; read by {row.reader}. {_sentence(row.why)}\n",
     ]
-    if row is INBOX:
+    if row.encoding == "msgpack":
         lines.append(
             'A msgpack map: `{"type": the message\'s name, "v": '
             + str(PROTOCOL)
@@ -364,7 +366,7 @@ def _schemas() -> dict[str, Any]:
                 continue
             version = {"type": "integer", "const": PROTOCOL, "description": "Protocol version."}
             schemas[kind.__name__]["properties"]["v"] = version
-            if row is INBOX:
+            if row.encoding == "msgpack":
                 schemas[kind.__name__]["properties"]["type"] = {"const": kind.__name__}
     schemas["TaskReply"] = {
         "description": _paragraphs(m.TaskReply),

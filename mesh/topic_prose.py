@@ -15,7 +15,7 @@ HEAD = """\
 
 Everything a mesh says goes over one MQTT broker, and everything a person or a program may want from it can be
 had with plain `mosquitto_pub` and `mosquitto_sub`. This page is for them. Between nodes the same broker carries
-msgpack on the inbox topics, which no client needs.
+msgpack on the inbox and catalogue topics, which no client needs.
 
 In the examples the mesh is called `home` and the client is on the machine of a node whose broker listens for
 clients on `127.0.0.1:1883` without encryption (`edgemesh mqtt` prints the right host, port and, from anywhere else
@@ -42,7 +42,7 @@ edgemesh/<mesh>/
 {tree}
 ```
 
-R = retained, q = quality of service. Payloads are JSON (UTF-8), except in the inboxes.
+R = retained, q = quality of service. Payloads are JSON (UTF-8), except in inboxes and catalogues.
 """
 
 SUBMIT = """\

@@ -65,7 +65,7 @@ INBOX = Topic(
     name="INBOX", pattern="node/{node}/to/{to}",
     payload=(
         m.Drain, m.EpochHint, m.Hold, m.Held, m.Recall, m.Inventory, m.Assign, m.Refused, m.AttemptsRunning,
-        m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand,
+        m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand, m.FeaturesWanted, m.FeaturesReady,
     ),
     encoding="msgpack", writer="the one node", reader="the other", qos=1, retain=False,
     why="the sender's id is in the topic, where the access list can hold it to the truth",
@@ -132,13 +132,28 @@ COSTS = Topic(
     why="how far off predictions were lately; at most every 5 s and only if that has changed",
 )
 
+RING = Topic(
+    name="RING", pattern="ring", payload=(m.RingRecord,), encoding="json",
+    writer="coordinator", reader="every node", qos=1, retain=True,
+    why="retained, so that a newcomer knows at once where blocks belong; written when members come or go",
+)
+CATALOGUE = Topic(
+    name="CATALOGUE", pattern="node/{node}/catalogue",
+    payload=(m.CatalogueDelta, m.CatalogueWhole, m.CatalogueVersion),
+    encoding="msgpack", writer="that node", reader="every node", qos=1, retain=True,
+    why="retained: by the last one a reader sees what it has missed, and fetches the whole from that node",
+)
+
 TABLE: tuple[Topic, ...] = (
     STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, EXPLAIN, WHY, STATUS, STREAM, PROGRESS, RESULT,
-    REPLY, EVENT, COSTS,
+    REPLY, EVENT, COSTS, RING, CATALOGUE,
 )
 # fmt: on
 
-CLEARS: dict[type, tuple[Topic, ...]] = {m.TaskForgotten: (STATUS, RESULT), m.NodeForgotten: (STATE, INFO)}
+CLEARS: dict[type, tuple[Topic, ...]] = {
+    m.TaskForgotten: (STATUS, RESULT),
+    m.NodeForgotten: (STATE, INFO, CATALOGUE),
+}
 """Messages that travel as empty retained payloads: they remove what the rows kept."""
 
 _TOPIC_OF: dict[type, Topic] = {kind: row for row in TABLE for kind in row.payload}
@@ -180,7 +195,7 @@ def access_list(mesh: MeshName) -> str:
         *for_clients,
         "# Members of the mesh, by the name in their certificate:",
         f"pattern write {everywhere}/node/%u/#",
-        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS)),
+        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS, CATALOGUE)),
         f"pattern read {INBOX.filter(mesh, to='%u')}",
         *(f"pattern readwrite {row.filter(mesh)}" for row in shared),
         f"pattern readwrite {everywhere}/client/#",

@@ -26,72 +26,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mesh.cache.bloom import (
-    BITS_MAX,
-    BITS_MIN,
-    FALSE_POSITIVES_MAX,
-    FILL_MAX,
-    SALT_MAX,
-    capacity,
-    contains,
-    probes,
-)
+from mesh.cache.bloom import BITS_MAX, BITS_MIN, FALSE_POSITIVES_MAX, FILL_MAX, capacity, contains, probes
 from mesh.ids import NodeId
+from mesh.messages import CatalogueDelta, CatalogueWhole
+from mesh.messages.cache import POSITION_BYTES
 
 __all__ = ["CatalogueConfig", "CatalogueDelta", "CatalogueWhole", "CatalogueWriter", "Catalogues", "Outcome"]
-
-_POSITION_BYTES = 3  # of a bit in a delta; BITS_MAX is 2**21
-_LIFE_MAX = 2**48  # as an incarnation
-_VERSION_MAX = 2**53 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogueWhole:
-    """All a node holds. At most 256 KiB: it goes by the data plane, or by the bus while it is small.
-
-    Raises:
-        ValueError: A number is out of range, or the bits are not as many as they should be.
-    """
-
-    life: int
-    """The node's incarnation: a later one holds what it holds, whatever the earlier said."""
-    version: int
-    salt: int
-    n_keys: int
-    bits: bytes
-
-    def __post_init__(self) -> None:
-        n_bits = 8 * len(self.bits)
-        if not BITS_MIN <= n_bits <= BITS_MAX or n_bits & (n_bits - 1):
-            raise ValueError(f"bits must be a power of two from {BITS_MIN} to {BITS_MAX}, got {n_bits}")
-        if not 0 <= self.life <= _LIFE_MAX or not 0 <= self.version <= _VERSION_MAX:
-            raise ValueError(f"life and version must be counts, got {self.life} and {self.version}")
-        if not 0 <= self.salt <= SALT_MAX or not 0 <= self.n_keys <= capacity(n_bits):
-            raise ValueError(f"salt or n_keys is out of range: {self.salt}, {self.n_keys} keys")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogueDelta:
-    """What turns version ``version - 1`` into ``version``: three bytes for each bit that is to be flipped.
-
-    Raises:
-        ValueError: A number is out of range, or there are more bits than a whole one would take.
-    """
-
-    life: int
-    version: int
-    n_keys: int
-    flips: bytes
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.life <= _LIFE_MAX or not 1 <= self.version <= _VERSION_MAX:
-            raise ValueError(f"life and version must be counts, got {self.life} and {self.version}")
-        if len(self.flips) % _POSITION_BYTES or len(self.flips) > BITS_MAX // 8:
-            raise ValueError(
-                f"flips must be whole positions and less than a whole, got {len(self.flips)} bytes"
-            )
-        if not 0 <= self.n_keys <= capacity(BITS_MAX):
-            raise ValueError(f"n_keys must be from 0 to {capacity(BITS_MAX)}, got {self.n_keys}")
 
 
 class CatalogueWriter:
@@ -173,9 +113,9 @@ class CatalogueWriter:
         self._told = CatalogueWhole(
             life=self._life, version=version, salt=self._salt, n_keys=self.n_keys, bits=bytes(bits)
         )
-        if flips is None or len(flips) * _POSITION_BYTES > len(bits) // 2:
+        if flips is None or len(flips) * POSITION_BYTES > len(bits) // 2:
             return self._told
-        packed = b"".join(position.to_bytes(_POSITION_BYTES, "little") for position in sorted(flips))
+        packed = b"".join(position.to_bytes(POSITION_BYTES, "little") for position in sorted(flips))
         return CatalogueDelta(life=self._life, version=version, n_keys=self.n_keys, flips=packed)
 
     def whole(self) -> CatalogueWhole:
@@ -300,8 +240,8 @@ class Catalogues:
             return Outcome.NEEDS_WHOLE
         else:
             bits = bytearray(peer.bits)
-            for at in range(0, len(message.flips), _POSITION_BYTES):
-                position = int.from_bytes(message.flips[at : at + _POSITION_BYTES], "little")
+            for at in range(0, len(message.flips), POSITION_BYTES):
+                position = int.from_bytes(message.flips[at : at + POSITION_BYTES], "little")
                 if position >= peer.n_bits:
                     return self._refuse(peer, now)
                 bits[position >> 3] ^= 1 << (position & 7)

@@ -20,6 +20,7 @@ from itertools import pairwise
 from mesh.cache.straws import ARC_BITS, NOBODY, deal
 from mesh.core import FOREVER
 from mesh.ids import Epoch, NodeId, is_id
+from mesh.messages.cache import QUOTA_BYTES_MAX, RING_MEMBERS_MAX, RingRecord
 
 __all__ = [
     "KEY_BYTES",
@@ -42,9 +43,6 @@ SPARE_WORTH = 0.1
 """What a copy on the second owner is worth to its store, against the same on the first: it saves the
 computing only if the first is lost. So where there is room for everything twice, everything is there twice;
 where there is not, second copies go before anything that is there once."""
-
-MEMBERS_MAX = 4096  # as in membership; 280 KiB of names and quotas
-QUOTA_BYTES_MAX = 2**53 - 1
 
 _EARLIER_MAX = 3
 """Views kept besides the newest. Each costs 1 MiB; a block that four changes have not moved is repaired
@@ -82,8 +80,8 @@ class RingSpec:
 
     def __post_init__(self) -> None:
         names = [node for node, _ in self.quotas]
-        if len(names) > MEMBERS_MAX or any(a >= b for a, b in pairwise(names)):
-            raise ValueError(f"members must be in order, each once, at most {MEMBERS_MAX}")
+        if len(names) > RING_MEMBERS_MAX or any(a >= b for a, b in pairwise(names)):
+            raise ValueError(f"members must be in order, each once, at most {RING_MEMBERS_MAX}")
         for node, quota in self.quotas:
             if not is_id(node) or not 1 <= quota <= QUOTA_BYTES_MAX:
                 raise ValueError(
@@ -94,6 +92,15 @@ class RingSpec:
     def of(cls, epoch: RingEpoch, quotas: Mapping[NodeId, int]) -> RingSpec:
         """Of these nodes; those that give nothing are left out."""
         return cls(epoch, tuple(sorted((node, quota) for node, quota in quotas.items() if quota > 0)))
+
+    @classmethod
+    def read(cls, record: RingRecord) -> RingSpec:
+        """As it came. The record has checked itself, so this does not raise."""
+        return cls.of(RingEpoch(record.epoch, record.change), record.quotas)
+
+    def record(self) -> RingRecord:
+        """As it goes."""
+        return RingRecord(epoch=self.epoch.claim, change=self.epoch.change, quotas=dict(self.quotas))
 
     @property
     def rank(self) -> tuple[RingEpoch, bytes]:
@@ -257,11 +264,11 @@ class RingKeeper:
         for node in members:
             if node in present and node not in willing:
                 del after[node]  # alive, and gives nothing any more
-        for node, quota in list(willing.items())[:MEMBERS_MAX]:
+        for node, quota in list(willing.items())[:RING_MEMBERS_MAX]:
             if node in members:
                 if abs(quota - members[node]) > self.config.quota_change * members[node]:
                     after[node] = quota
-            elif len(after) < MEMBERS_MAX and self._is_due(
+            elif len(after) < RING_MEMBERS_MAX and self._is_due(
                 self._present_since[node] + self.config.settle_s, now
             ):
                 after[node] = quota

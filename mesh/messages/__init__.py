@@ -2,7 +2,9 @@
 
 ``node``       who is here and how it is doing
 ``agreement``  who coordinates
+``cache``      who keeps which part of the mesh's memory, and what each node holds
 ``task``       what clients ask, and what coordinator and workers tell one another about it
+``features``   which feature maps are to be made, and that they are there
 ``explain``    why the coordinator decided as it did, and how well it foresees
 ``tune``       what a tuning task asks, and its progress
 ``output``     what tasks give besides text
@@ -13,6 +15,7 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 """
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
+from mesh.messages.cache import CatalogueDelta, CatalogueVersion, CatalogueWhole, RingRecord
 from mesh.messages.explain import (
     CandidateNode,
     CostReport,
@@ -21,6 +24,7 @@ from mesh.messages.explain import (
     TaskDecision,
     TaskExplanation,
 )
+from mesh.messages.features import FeaturesReady, FeaturesSpec, FeaturesWanted
 from mesh.messages.node import (
     Drain,
     NodeForgotten,
@@ -31,7 +35,7 @@ from mesh.messages.node import (
     NodeState,
     PeerHello,
 )
-from mesh.messages.output import AdapterCard, Output
+from mesh.messages.output import AdapterCard, FeaturesHeld, Output
 from mesh.messages.task import (
     Assign,
     AttemptEnded,
@@ -71,12 +75,19 @@ __all__ = [
     "CancelAttempt",
     "CancelTask",
     "CandidateNode",
+    "CatalogueDelta",
+    "CatalogueVersion",
+    "CatalogueWhole",
     "ChatMessage",
     "CostReport",
     "Drain",
     "EpochHint",
     "EpochSeen",
     "ExplainTask",
+    "FeaturesHeld",
+    "FeaturesReady",
+    "FeaturesSpec",
+    "FeaturesWanted",
     "Held",
     "Hold",
     "Inventory",
@@ -95,6 +106,7 @@ __all__ = [
     "PeerHello",
     "Recall",
     "Refused",
+    "RingRecord",
     "StaleCommand",
     "Submit",
     "TaskDecision",

@@ -143,6 +143,13 @@ class NodeInfo:
     """How fast it works, once it can; ``None`` from a node that does not say."""
     can_pause: bool = False
     """Lets one generation stand still for another, see ``Assign.pauses``."""
+    cache_bytes: int = 0
+    """How many bytes it gives to the mesh's memory; 0 = it only reads."""
+    holds: Literal["all", "top"] = "all"
+    """``top``: it has the upper layers of ``model`` only, so it computes no feature maps."""
+    features_profile: str | None = None
+    """Precision and numerics of the feature maps it computes, once known: two nodes with the same profile
+    compute the same bits, so one may use the other's."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)
@@ -155,6 +162,8 @@ class NodeInfo:
             raise ValueError("too many names of one model")
         check_text("precision", self.precision, 200)
         check_text("precision_reason", self.precision_reason, 2000)
+        check_count("cache_bytes", self.cache_bytes)
+        check_text("features_profile", self.features_profile, 512)
         if len(self.addresses) > ADDRESSES_MAX or len(self.adapters) > ADAPTERS_MAX:
             raise ValueError("too many addresses or adapters in one node's info")
 
