@@ -23,13 +23,15 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from coordinator.facts import (
     NODE_STOPS,
@@ -106,7 +108,8 @@ class _End:
 class ComputeWorker:
     """The shell around one compute process, which is told to ``load``.
 
-    ``learn`` takes facts; it must not call back at once.
+    ``learn`` takes facts; it must not call back at once. ``serve_link`` serves the node's end of the link
+    over which a child reads from the mesh, made anew for each (see ``node.cache.link``).
     """
 
     def __init__(
@@ -116,7 +119,9 @@ class ComputeWorker:
         learn: Callable[[Fact], None],
         rng: Random | None = None,
         command: Sequence[str] = COMMAND,
+        serve_link: Callable[[socket.socket], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        self._serve_link = serve_link
         self._load = load
         self._learn = learn
         self._rng = rng or Random()
@@ -234,6 +239,8 @@ class ComputeWorker:
     async def _live(self) -> _End:
         self._last_words.clear()
         self.activity = "starting the compute process"
+        ours, theirs = self._link_ends()
+        link_fd = theirs.fileno() if theirs is not None else None
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -242,18 +249,26 @@ class ComputeWorker:
                 stderr=asyncio.subprocess.PIPE,
                 limit=_LOG_LINE_BYTES * 16,
                 env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                pass_fds=() if link_fd is None else (link_fd,),
             )
         except OSError as error:  # no memory or no process to be had now: the node lives on without
+            if ours is not None:
+                ours.close()
             unborn = f"it could not be started: {error}"
             self._learn(EngineLost(unborn))
             return _End(unborn)
+        finally:
+            if theirs is not None:
+                theirs.close()  # the child has it
         self._process = process
         ready_at: float | None = None
         failed: LoadFailed | None = None
-        listening = asyncio.create_task(self._log_lines(process), name="worker.log")
+        listening = [asyncio.create_task(self._log_lines(process), name="worker.log")]
+        if ours is not None and self._serve_link is not None:
+            listening.append(asyncio.create_task(self._serve_link(ours), name="worker.link"))
         reason: str | None = None
         try:
-            self._say(self._load)
+            self._say(replace(self._load, link_fd=link_fd))
             assert process.stdin is not None and process.stdout is not None
             if self._stopping.is_set():  # while the process was being made
                 process.stdin.close()
@@ -267,7 +282,8 @@ class ComputeWorker:
             reason = f"it sent what is no message ({error})"
         finally:
             code = await _end(process)
-            listening.cancel()
+            for task in listening:
+                task.cancel()
             self._process = None
         if self._stopping.is_set():
             reason = NODE_STOPS
@@ -279,6 +295,16 @@ class ComputeWorker:
             is_permanent=failed is not None and failed.is_permanent,
             was_steady=ready_at is not None and time.monotonic() - ready_at > _STEADY_S,
         )
+
+    def _link_ends(self) -> tuple[socket.socket | None, socket.socket | None]:
+        """The node's and the child's; none where descriptors cannot be passed on."""
+        if self._serve_link is None or os.name != "posix":
+            return None, None
+        try:
+            return socket.socketpair()
+        except OSError as error:
+            log.warning("no link to the compute process (%s): it will not read from the mesh", error)
+            return None, None
 
     def _on(self, message: object) -> None:
         match message:

@@ -70,6 +70,8 @@ class Load:
     feature_disk_bytes: int = 4_000_000_000
     slowdown: float = 1.0
     """Play a device so many times slower."""
+    link_fd: int | None = None
+    """Descriptor of this process's end of the link to the mesh, see ``node.compute.features.link``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,8 @@ class Ready:
     """How fast it works, measured at an earlier start or guessed; slowed as asked."""
     can_pause: bool = False
     """Whether it obeys ``Pause``."""
+    features_profile: str | None = None
+    """Precision and numerics of the feature maps it computes; ``None``: it computes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -307,7 +307,9 @@ class MeshLink:
     def of(cls, descriptor: int) -> MeshLink | None:
         """The end that the node has left open for us as ``descriptor``; ``None`` if there is none."""
         try:
-            return cls(socket.socket(fileno=descriptor))
+            sock = socket.socket(fileno=descriptor)
+            sock.set_inheritable(False)  # it is for nobody that we start
+            return cls(sock)
         except OSError as error:
             log.warning("no link to the mesh (%s): features of other nodes are not read", error)
             return None
