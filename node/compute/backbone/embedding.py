@@ -27,12 +27,19 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class Embedding:
     """``embedding(ids)``: (len(ids), d) in ``dtype`` on ``device``.
 
-    ``like`` is an empty (0, d) tensor of the same kind. ``nbytes`` is what is held in memory.
+    ``like`` is an empty (0, d) tensor of the same kind. ``nbytes`` is what is held in memory. ``is_used``:
+    otherwise only ``like`` is asked for, and nothing is read.
     """
 
-    def __init__(self, directory: Path, name: str, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, name: str, device: str, dtype: torch.dtype, *, is_used: bool = True
+    ) -> None:
         self._table: Tensor | None = None
         self.nbytes = 0
+        if device != "cpu" and not is_used:
+            *_, (_, d) = _find(directory, name)
+            self.like = torch.empty(0, d, dtype=dtype, device=device)
+            return
         if device != "cpu":
             with Weights(directory, device, dtype) as weights:
                 self._table = weights[name]

@@ -54,14 +54,18 @@ class LlamaBackbone:
     """The Llama family with its weights in ``precision``, and logits in float32.
 
     ``numerics`` names what the last bits of a row depend on beside weights and tokens; ``held_bytes`` is
-    what the weights take in memory.
+    what the weights take in memory. ``first_layer``: only the layers from there on are loaded, and the head
+    once somebody asks for it; every segment then brings its rows, and enters there or above.
     """
 
     # Rotary kinds whose frequencies do not depend on how long the sequence has become.
     _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
-    def __init__(self, directory: Path, config: Any, device: str, precision: str) -> None:
+    def __init__(
+        self, directory: Path, config: Any, device: str, precision: str, *, first_layer: int = 0
+    ) -> None:
         self.device = device
+        self.first_layer = first_layer
         self.context_tokens = min(config.max_position_embeddings, CONTEXT_TOKENS_MAX)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
@@ -75,32 +79,53 @@ class LlamaBackbone:
         self.numerics = numerics(precision, device)
         dtype = compute_dtype(precision)
 
+        self._directory = directory
+        self._is_tied: bool = config.tie_word_embeddings
+        self._own_head: Linear | None = None
         with Weights(directory, device, dtype) as weights:
-            self._layers = [_layer(weights, f"model.layers.{i}.", precision) for i in range(self.n_layers)]
+            held = range(first_layer, self.n_layers)
+            self._layers = {i: _layer(weights, f"model.layers.{i}.", precision) for i in held}
             self._final_norm = weights["model.norm.weight"].clone()
-            tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-            # 4 bits cost the head 10 % of perplexity and the layers nothing: it has 8 then.
-            self._head = make_linear(
-                weights["model.embed_tokens.weight" if tied else "lm_head.weight"],
-                None,
-                "int8" if precision == "int4" else precision,
-            )
-        self.embedding = Embedding(directory, "model.embed_tokens.weight", device, dtype)
-        self._slabs = Slabs(self.n_layers, self._kv_heads, self._head_dim, dtype) if device == "cpu" else None
-        self._scripts = [
-            block_script((layer.qkv, layer.out, layer.gate_up, layer.down), dtype) for layer in self._layers
-        ]
+        if not first_layer:
+            self._own_head = self._load_head()
+        self.embedding = Embedding(
+            directory, "model.embed_tokens.weight", device, dtype, is_used=not first_layer
+        )
+        has_slabs = device == "cpu" and not first_layer
+        self._slabs = Slabs(self.n_layers, self._kv_heads, self._head_dim, dtype) if has_slabs else None
+        self._scripts = {
+            index: block_script((layer.qkv, layer.out, layer.gate_up, layer.down), dtype)
+            for index, layer in self._layers.items()
+        }
         self._cos, self._sin = self._rotary(_ROTARY_TOKENS)
-        self.weight_bytes = self._head.nbytes + sum(
+        head_bytes = self._own_head.nbytes if self._own_head is not None else 0
+        self.weight_bytes = head_bytes + sum(
             linear.nbytes
-            for layer in self._layers
+            for layer in self._layers.values()
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         )
         norms = [
             self._final_norm,
-            *(n for layer in self._layers for n in (layer.attention_norm, layer.mlp_norm)),
+            *(n for layer in self._layers.values() for n in (layer.attention_norm, layer.mlp_norm)),
         ]
         self.held_bytes = self.weight_bytes + self.embedding.nbytes + sum(norm.nbytes for norm in norms)
+
+    def _load_head(self) -> Linear:
+        with Weights(self._directory, self.device, compute_dtype(self.precision)) as weights:
+            tied = self._is_tied or "lm_head.weight" not in weights
+            # 4 bits cost the head 10 % of perplexity and the layers nothing: it has 8 then.
+            return make_linear(
+                weights["model.embed_tokens.weight" if tied else "lm_head.weight"],
+                None,
+                "int8" if self.precision == "int4" else self.precision,
+            )
+
+    @property
+    def _head(self) -> Linear:
+        """Loaded by who needs it where only the top of the model is: a class head does without."""
+        if self._own_head is None:
+            self._own_head = self._load_head()
+        return self._own_head
 
     @classmethod
     def can_run(cls, config: Any) -> bool:
@@ -165,6 +190,7 @@ class LlamaBackbone:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def features(self, segments: Sequence[Segment], cut: int) -> Tensor:
+        assert not self.first_layer, "feature maps are made by the layers that are not here"
         rows = _Rows(self, segments)
         for index in range(cut):
             rows.enter(index)
