@@ -67,6 +67,12 @@ WITHOUT_TORCH = tuple(
         "adapters/card",
         "adapters/tensors",
         "backbone/precision",
+        "features/__init__",
+        "features/disk",
+        "features/entry",
+        "features/gdsf",
+        "features/packs",
+        "features/store",
         "features/key",
         "features/link",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from node.compute.features import packs, store
+from node.compute.features import disk, packs
 from node.compute.features.codec import CODECS
 from node.compute.features.gdsf import Gdsf
 from node.compute.features.store import Entry, LocalStore
@@ -143,7 +143,7 @@ def test_a_restart_keeps_the_disk_and_does_not_read_it_all(
     reads: list[int] = []
     real = packs.read_entries
     monkeypatch.setattr(
-        store, "read_entries", lambda path, places: (reads.append(len(places)), real(path, places))[1]
+        disk, "read_entries", lambda path, places: (reads.append(len(places)), real(path, places))[1]
     )
     again = LocalStore(tmp_path, 1 << 20, 1 << 20)
     assert held(again, 2) == [2] and reads == [1]

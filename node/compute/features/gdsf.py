@@ -64,6 +64,18 @@ class Gdsf(Generic[K]):
         heapq.heappush(self._heap, (item.value, item.turn, key))
         self._shrink()
 
+    def reprice(self, key: K, cost_s: float) -> None:
+        """To make it again costs more or less than was said; that is no use of it."""
+        item = self._items[key]
+        if item.cost_s == cost_s:
+            return
+        self._turn += 1
+        item.turn = self._turn
+        item.value += item.uses * (cost_s - item.cost_s) / max(item.n_bytes, 1)
+        item.cost_s = cost_s
+        heapq.heappush(self._heap, (item.value, item.turn, key))
+        self._shrink()
+
     def drop(self, key: K) -> None:
         """It is gone already, for another reason."""
         item = self._items.pop(key, None)
