@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.cluster import Node, serves
-from coordinator.placement import listed
+from coordinator.placement import lacking_layers, listed
 from mesh.messages import NodeInfo, Submit
 
 __all__ = ["AdmissionConfig", "Admit", "Reject", "Verdict", "admit"]
@@ -46,7 +46,8 @@ def admit(submit: Submit, nodes: Iterable[Node], n_open: int, config: AdmissionC
     """Whether the mesh takes ``submit`` while ``n_open`` tasks are not settled yet."""
     if n_open >= config.open_max:
         return Reject(f"the queue is full ({n_open} tasks); try again later", config.retry_after_s)
-    computing = [node.info for node in nodes if node.is_present and node.info and node.slots]
+    here = [node.info for node in nodes if node.is_present and node.info]
+    computing = [info for info in here if info.slots]
     if not computing:
         return Admit()  # a worker may join before the deadline; nothing is known to be impossible
     with_model = [info for info in computing if serves(info.model, submit.model, info.also_called)]
@@ -59,6 +60,8 @@ def admit(submit: Submit, nodes: Iterable[Node], n_open: int, config: AdmissionC
     if not with_adapter:
         names = sorted({name for info in with_model for name in info.adapters})
         return Reject(f"no node has adapter {submit.adapter!r}: those there are: {listed(names)}", None)
+    if (lacking := lacking_layers(submit, with_adapter)) is not None and not _may_come(submit, here):
+        return Reject(lacking, None)
     if not any(_may_fit(submit, info) for info in with_adapter):
         most = max(info.context_tokens or 0 for info in with_adapter)
         what = (
@@ -66,6 +69,14 @@ def admit(submit: Submit, nodes: Iterable[Node], n_open: int, config: AdmissionC
         )
         return Reject(f"{what} longer than the context of {most} tokens", None)
     return Admit()
+
+
+def _may_come(submit: Submit, infos: Iterable[NodeInfo]) -> bool:
+    """Whether a node with the model is still loading, perhaps all of it."""
+    return any(
+        info.model is not None and not info.slots and serves(info.model, submit.model, info.also_called)
+        for info in infos
+    )
 
 
 def _may_fit(submit: Submit, info: NodeInfo) -> bool:

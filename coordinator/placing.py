@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from coordinator.cluster import Cluster, Node
 from coordinator.explanations import Explanations
 from coordinator.ledger import Ledger
-from coordinator.placement import has_what_it_needs
+from coordinator.placement import has_what_it_needs, held_layers
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Why
 from coordinator.policy.dispatch import DispatchConfig, Dispatcher
@@ -192,9 +192,10 @@ class _Has:
     model: str | None
     also_called: tuple[str, ...]
     adapters: frozenset[str]
+    n_layers: int
 
     def __call__(self, needs: Needs) -> bool:
-        return has_what_it_needs(self.node, self.model, self.also_called, self.adapters, needs)
+        return has_what_it_needs(self.node, self.model, self.also_called, self.adapters, needs, self.n_layers)
 
 
 def _view_of(node: Node) -> NodeView | None:
@@ -206,7 +207,7 @@ def _view_of(node: Node) -> NodeView | None:
         id=node.id,
         rates=rates_of(info),
         slots=node.slots,
-        has=_Has(node.id, info.model, tuple(info.also_called), frozenset(info.adapters)),
+        has=_Has(node.id, info.model, tuple(info.also_called), frozenset(info.adapters), held_layers(info)),
         is_ready=node.may_start,
         can_pause=info.can_pause,
         tunes_beside=True,

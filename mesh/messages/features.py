@@ -1,7 +1,9 @@
 """What a ``features`` task makes, and how a worker that cannot make them asks its coordinator for some.
 
-    child ─▷ worker ──FeaturesWanted, again and again──▶ coordinator ──▶ a ``features`` task on a node that can
+    child ─▷ worker ──FeaturesWanted, again and again──▶ coordinator ──▶ a ``features`` task, elsewhere
     child ◁─ worker ◀──FeaturesReady── coordinator, once that has ended
+
+The maps themselves are the cache's to carry: what is said here is that they are there, and of which kind.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ ReadsLike = Literal["tune", "score", "classify", "embed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeaturesSpec:
-    """Which feature maps: of the records of ``Submit.tune``, or of ``Submit.texts`` as another kind reads them."""
+    """Which feature maps: of the records of ``Submit.tune``, or of ``Submit.texts``."""
 
     top_layers: int
     """How many layers are above the cut that the features enter."""

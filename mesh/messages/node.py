@@ -147,6 +147,8 @@ class NodeInfo:
     """How many bytes it gives to the mesh's memory; 0 = it only reads."""
     holds: Literal["all", "top"] = "all"
     """``top``: it has the upper layers of ``model`` only, so it computes no feature maps."""
+    top_layers: int | None = None
+    """Of a node that holds the top: so many layers at most."""
     features_profile: str | None = None
     """Precision and numerics of the feature maps it computes, once known: two nodes with the same profile
     compute the same bits, so one may use the other's."""
@@ -163,6 +165,7 @@ class NodeInfo:
         check_text("precision", self.precision, 200)
         check_text("precision_reason", self.precision_reason, 2000)
         check_count("cache_bytes", self.cache_bytes)
+        check_count("top_layers", self.top_layers or 0, 1024)
         check_text("features_profile", self.features_profile, 512)
         if len(self.addresses) > ADDRESSES_MAX or len(self.adapters) > ADAPTERS_MAX:
             raise ValueError("too many addresses or adapters in one node's info")
