@@ -9,9 +9,11 @@ from mesh.ids import NodeId
 from mesh.messages import Submit
 from mesh.messages.task import TaskKind
 
-__all__ = ["ANYTHING", "KINDS", "Needs", "Work", "needs_of", "work_of"]
+__all__ = ["ANYTHING", "KINDS", "NEED_ALL_LAYERS", "Needs", "Work", "needs_of", "work_of"]
 
-KINDS: Final[tuple[TaskKind, ...]] = ("generate", "score", "classify", "embed", "tune")
+KINDS: Final[tuple[TaskKind, ...]] = ("generate", "score", "classify", "embed", "tune", "features")
+
+NEED_ALL_LAYERS: Final[frozenset[TaskKind]] = frozenset({"generate", "features"})
 
 BYTES_PER_TOKEN: Final = 4.0
 """English under a vocabulary of 32 k to 150 k: 3.5 to 4.5. The cost model corrects what remains."""
@@ -27,6 +29,10 @@ class Needs:
     adapter: str | None = None
     holders: frozenset[NodeId] = frozenset()
     """Nodes that have the data; empty: any node will do."""
+    whole: bool = False
+    """All layers of the model: it writes answers, or makes feature maps."""
+    top_layers: int = 0
+    """At least so many layers at the top."""
 
 
 ANYTHING: Final = Needs()
@@ -46,6 +52,8 @@ class Work:
     """Expected length of the answer."""
     n_feature_tokens: float = 0.0
     """Tuning: tokens whose feature maps are made once."""
+    n_feature_bytes: float = 0.0
+    """Tuning: what the same feature maps take, for a node that fetches them; 0 where nobody knows."""
     n_tune_tokens: float = 0.0
     """Tuning: tokens times the epochs that are left."""
     n_adapter_loads: float = 0.0
@@ -54,8 +62,9 @@ class Work:
     """Name of what a node may have from earlier work: an adapter, or the digest of records."""
 
     def __post_init__(self) -> None:
-        amounts = (self.n_prompt_tokens, self.n_tokens, self.n_feature_tokens, self.n_tune_tokens)
-        if not all(0 <= amount < float("inf") for amount in (*amounts, self.n_adapter_loads)):
+        amounts = (self.n_prompt_tokens, self.n_tokens, self.n_feature_tokens, self.n_feature_bytes)
+        others = (self.n_tune_tokens, self.n_adapter_loads)
+        if not all(0 <= amount < float("inf") for amount in (*amounts, *others)):
             raise ValueError(f"amounts of work must be finite and not negative, got {self}")
 
     def left(self, fraction: float) -> Work:
@@ -69,12 +78,14 @@ class Work:
             n_tokens=self.n_tokens * fraction,
             n_tune_tokens=self.n_tune_tokens * fraction,
             n_feature_tokens=self.n_feature_tokens if fraction == 1 else 0.0,
+            n_feature_bytes=self.n_feature_bytes if fraction == 1 else 0.0,
         )
 
 
 def needs_of(submit: Submit) -> Needs:
     holders = frozenset(submit.tune.holders) if submit.tune is not None else frozenset[NodeId]()
-    return Needs(submit.model, submit.adapter, holders)
+    top_layers = (submit.tune.top_layers or 0) if submit.tune is not None else 0
+    return Needs(submit.model, submit.adapter, holders, submit.kind in NEED_ALL_LAYERS, top_layers)
 
 
 def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float = BYTES_PER_TOKEN) -> Work:
@@ -104,6 +115,15 @@ def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float
                 n_feature_tokens=n_tokens,
                 n_tune_tokens=n_tokens * tune.epochs,
                 reuses=tune.data_sha256,
+            )
+        case "features":
+            n_bytes = texts + prompt * len(submit.texts)
+            if submit.tune is not None:
+                n_bytes += _n_bytes(submit.tune.data or "") + _n_bytes(submit.tune.eval_data or "")
+            return Work(
+                kind="features",
+                n_feature_tokens=n_bytes / bytes_per_token if n_bytes else _FILE_TOKENS,
+                reuses=submit.tune.data_sha256 if submit.tune is not None else None,
             )
         case _:
             read = texts + prompt * len(submit.texts)
