@@ -21,6 +21,8 @@ from mesh.agreement.election import Election, ElectionConfig
 from mesh.agreement.fence import FENCE_KEY, Fence
 from mesh.agreement.hosting import Hosting, HostingConfig
 from mesh.agreement.membership import Membership, MembershipConfig
+from mesh.agreement.versions import Versions
+from mesh.cache.sharding import Sharding, ShardingConfig
 from mesh.core import FOREVER, Effect, Fact, Message, Notify, Stack
 from mesh.facts import BrokerRef, OwnStanding
 from mesh.ids import EPOCH_ZERO, NodeId
@@ -40,8 +42,10 @@ class Cores:
     scheduler: Scheduler
     holder: Holder
     worker: Worker
+    sharding: Sharding
     fence: Fence
     store: RecordStore
+    versions: Versions
 
 
 def build_cores(
@@ -59,6 +63,7 @@ def build_cores(
     election: ElectionConfig | None = None,
     scheduler: SchedulerConfig | None = None,
     worker: WorkerConfig | None = None,
+    sharding: ShardingConfig | None = None,
 ) -> Cores:
     """The cores of node ``me.node``, carrying on from what its journal holds.
 
@@ -79,17 +84,30 @@ def build_cores(
         Scheduler(me=node, fence=fence, store=store, rng=_own(rng), config=scheduler, policy=policy),
         Holder(me=node, fence=fence, store=store),
         Worker(me=node, fence=fence, store=store, now=now, config=worker),
+        Sharding(
+            me=node,
+            info=info,
+            life=me.incarnation,
+            fence=fence,
+            records=records,
+            rng=_own(rng),
+            now=now,
+            config=sharding,
+        ),
     )
+    versions = Versions(node)
     return Cores(
-        stack=Stack([*parts, Explainer(parts[3]), _Standing()]),
+        stack=Stack([*parts, Explainer(parts[3]), _Standing(), versions]),
         hosting=parts[0],
         membership=parts[1],
         election=parts[2],
         scheduler=parts[3],
         holder=parts[4],
         worker=parts[5],
+        sharding=parts[6],
         fence=fence,
         store=store,
+        versions=versions,
     )
 
 

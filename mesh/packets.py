@@ -38,6 +38,7 @@ from mesh.topics import (
     CLEARS,
     COORDINATOR,
     EXPLAIN,
+    FILES,
     INBOX,
     INFO,
     METRICS,
@@ -85,7 +86,7 @@ def node_filters(mesh: MeshName, me: NodeId) -> list[str]:
     return [
         *(
             row.filter(mesh)
-            for row in (STATE, INFO, METRICS, CATALOGUE, COORDINATOR, RING, SUBMIT, CANCEL, EXPLAIN)
+            for row in (STATE, INFO, METRICS, CATALOGUE, FILES, COORDINATOR, RING, SUBMIT, CANCEL, EXPLAIN)
         ),
         INBOX.filter(mesh, to=me),
     ]
@@ -176,7 +177,7 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
     for name, id_in_topic in ids.items():
         if (id_inside := getattr(message, name)) != id_in_topic:
             raise DecodeError(f"the topic says {name} {id_in_topic}, the payload {str(id_inside)[:80]!r}")
-    if row in (STATE, INFO, METRICS):
+    if row in (STATE, INFO, METRICS, FILES):
         return Heard(message, NodeId(ids["node"]))
     if isinstance(message, LeaseRecord | TaskStatus | TaskResult | TaskExplanation | CostReport | RingRecord):
         return Heard(message, message.epoch.node)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mesh import messages as m
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
+from mesh.messages.files import AdapterHeld, AdapterRemoved
 from mesh.messages.output import NUMBERS_MAX, TEXTS_MAX
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
 from mesh.messages.tune import INLINE_DATA_BYTES_MAX
@@ -101,6 +102,16 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
         text="epoch 3 of 5",
     ),
     m.RingRecord: m.RingRecord(epoch=_EPOCH, change=3, quotas={_WORKER: 8 * 10**9, _NODE: 2 * 10**9}),
+    m.FilesHeld: m.FilesHeld(
+        node=_WORKER, incarnation=1, base="5c" * 32,
+        adapters=[
+            AdapterHeld(
+                name="spam", version=3, digest="0d" * 32, manifest_bytes=402, bytes=1_871_302, base="5c" * 32,
+                method="lora", task="classify", first_layer=26, metric=0.97, weights="a1" * 32, is_own=True,
+            )
+        ],
+        removed=[AdapterRemoved(name="old-tone", version=2, left_s=2_591_990.0)],
+    ),
     m.TaskEvent: m.TaskEvent(text="desktop-91b0e4 finished t-5d1c0a9e77f2 in 0.4 s", task=_TASK),
 }  # fmt: skip
 
@@ -111,6 +122,9 @@ _NOTES: dict[type, str] = {
     " `busy` (beside other work: measured again later) or `guessed`; `emulated_slowdown` above 1 says that the node plays"
     " a slower one (`--slowdown`). `cache_bytes` is what it gives to the mesh's memory; `holds` is `top` where the node has"
     " the upper layers of the model only.",
+    m.FilesHeld: "Of the versions of one name that all nodes say, the highest `version` counts, then the higher `digest`; a"
+    " removal counts for all versions up to its own. `digest` names the manifest, which the node's data plane gives as a"
+    " blob. `left_s` is how long the node will remember the removal, from when it said so.",
     m.TaskStatus: "`node` is where it runs or ran, `attempt` counts its tries from 1, `durable_on` the nodes that have it on"
     " disk, and `budget_s` is the time left to the deadline when this was sent: devices share no clock, so no time of day"
     " ever travels.",

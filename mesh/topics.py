@@ -66,6 +66,7 @@ INBOX = Topic(
     payload=(
         m.Drain, m.EpochHint, m.Hold, m.Held, m.Recall, m.Inventory, m.Assign, m.Refused, m.AttemptsRunning,
         m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand, m.FeaturesWanted, m.FeaturesReady,
+        m.PullAdapter, m.RemoveAdapter,
     ),
     encoding="msgpack", writer="the one node", reader="the other", qos=1, retain=False,
     why="the sender's id is in the topic, where the access list can hold it to the truth",
@@ -144,15 +145,21 @@ CATALOGUE = Topic(
     why="retained: by the last one a reader sees what it has missed, and fetches the whole from that node",
 )
 
+FILES = Topic(
+    name="FILES", pattern="node/{node}/files", payload=(m.FilesHeld,), encoding="json",
+    writer="that node", reader="every node; people", qos=1, retain=True,
+    why="retained, so that who was away hears of new adapters and of removed ones; only when they change",
+)
+
 TABLE: tuple[Topic, ...] = (
     STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, EXPLAIN, WHY, STATUS, STREAM, PROGRESS, RESULT,
-    REPLY, EVENT, COSTS, RING, CATALOGUE,
+    REPLY, EVENT, COSTS, RING, CATALOGUE, FILES,
 )
 # fmt: on
 
 CLEARS: dict[type, tuple[Topic, ...]] = {
     m.TaskForgotten: (STATUS, RESULT),
-    m.NodeForgotten: (STATE, INFO, CATALOGUE),
+    m.NodeForgotten: (STATE, INFO, CATALOGUE, FILES),
 }
 """Messages that travel as empty retained payloads: they remove what the rows kept."""
 
@@ -195,7 +202,7 @@ def access_list(mesh: MeshName) -> str:
         *for_clients,
         "# Members of the mesh, by the name in their certificate:",
         f"pattern write {everywhere}/node/%u/#",
-        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS, CATALOGUE)),
+        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS, CATALOGUE, FILES)),
         f"pattern read {INBOX.filter(mesh, to='%u')}",
         *(f"pattern readwrite {row.filter(mesh)}" for row in shared),
         f"pattern readwrite {everywhere}/client/#",

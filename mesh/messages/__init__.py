@@ -8,6 +8,7 @@
 ``explain``    why the coordinator decided as it did, and how well it foresees
 ``tune``       what a tuning task asks, and its progress
 ``output``     what tasks give besides text
+``files``      which adapters and which backbone a node can give to others
 
 Fields carry units in their names. Times on the wire are lengths (seconds left), never points on a
 clock: edge devices share no clock. Checks in ``__post_init__`` are written so that NaN fails them, and
@@ -25,6 +26,7 @@ from mesh.messages.explain import (
     TaskExplanation,
 )
 from mesh.messages.features import FeaturesReady, FeaturesSpec, FeaturesWanted
+from mesh.messages.files import FilesHeld, PullAdapter, RemoveAdapter
 from mesh.messages.node import (
     Drain,
     NodeForgotten,
@@ -88,6 +90,7 @@ __all__ = [
     "FeaturesReady",
     "FeaturesSpec",
     "FeaturesWanted",
+    "FilesHeld",
     "Held",
     "Hold",
     "Inventory",
@@ -104,8 +107,10 @@ __all__ = [
     "OutcomeTaken",
     "Output",
     "PeerHello",
+    "PullAdapter",
     "Recall",
     "Refused",
+    "RemoveAdapter",
     "RingRecord",
     "StaleCommand",
     "Submit",

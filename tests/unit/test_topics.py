@@ -191,7 +191,7 @@ def test_strangers_ask_and_read_what_is_public() -> None:
     assert _rows(STRANGERS, None, "write") == {"SUBMIT", "CANCEL", "EXPLAIN"}
     assert _rows(STRANGERS, None, "read") == {
         "STATE", "INFO", "METRICS", "COORDINATOR", "STATUS", "STREAM", "PROGRESS", "RESULT",
-        "EVENT", "WHY", "COSTS", "RING",
+        "EVENT", "WHY", "COSTS", "RING", "FILES",
     }  # fmt: skip
     assert STRANGERS.allows(None, "x", "read", "edgemesh/home/client/me")
     assert not STRANGERS.allows(None, "x", "write", "edgemesh/home/client/me")
@@ -212,7 +212,8 @@ def test_members_speak_under_their_own_name_only() -> None:
         "COORDINATOR", "SUBMIT", "CANCEL", "EXPLAIN", "STATUS", "STREAM", "PROGRESS", "RESULT", "EVENT",
         "WHY", "COSTS", "RING",
     }  # fmt: skip
-    assert _rows(MEMBERS, "a", "write") == shared | {"STATE", "INFO", "METRICS", "INBOX", "CATALOGUE"}
+    own = {"STATE", "INFO", "METRICS", "INBOX", "CATALOGUE", "FILES"}
+    assert _rows(MEMBERS, "a", "write") == shared | own
     assert _rows(MEMBERS, "b", "write") == shared
     assert MEMBERS.allows("b", "x", "read", "edgemesh/home/node/a/to/b")
     assert not MEMBERS.allows("b", "x", "read", "edgemesh/home/node/a/to/c")
