@@ -224,6 +224,11 @@ class Catalogues:
     def nodes(self) -> Collection[NodeId]:
         return self._peers.keys()
 
+    def version(self, node: NodeId) -> tuple[int, int]:
+        """Life and version of a node's catalogue, as it is here; below every real one if there is none."""
+        peer = self._peers.get(node)
+        return (peer.life, peer.version) if peer is not None else (-1, -1)
+
     def take(self, node: NodeId, message: CatalogueWhole | CatalogueDelta, now: float) -> Outcome:
         """A catalogue that ``node`` itself has sent."""
         peer = self._peers.get(node)

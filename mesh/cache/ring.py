@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -132,6 +133,18 @@ class RingView:
     def members(self) -> tuple[NodeId, ...]:
         return self._names
 
+    def renumbered(self, spec: RingSpec) -> RingView:
+        """The view of ``spec``, which has the same quotas: nothing is drawn.
+
+        Raises:
+            ValueError: It has others.
+        """
+        if spec.quotas != self.spec.quotas:
+            raise ValueError(f"the quotas of {spec.epoch} are not those of {self.epoch}")
+        view = copy(self)
+        view.spec = spec
+        return view
+
     def owners(self, key: bytes) -> tuple[NodeId, ...]:
         """The nodes that should hold a key, the one to ask first in front: two, or all if there are fewer."""
         return self.owners_of_arc(arc_of(key))
@@ -177,7 +190,9 @@ class Ring:
         """Go over to a view if it is newer; whether it was. Stale and repeated ones change nothing."""
         if not self.is_newer(view.spec):
             return False
-        self._views = [view, *self._views[:_EARLIER_MAX]]
+        # Only another number: nothing moves, so no view before it need make room.
+        is_same = bool(self._views) and self._views[0].quotas == view.quotas
+        self._views = [view, *self._views[1 if is_same else 0 :][:_EARLIER_MAX]]
         return True
 
     def settle(self) -> None:
