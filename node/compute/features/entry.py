@@ -26,6 +26,7 @@ __all__ = [
     "Encoded",
     "Header",
     "Layout",
+    "bytes_of",
 ]
 
 GROUP = 64
@@ -172,3 +173,9 @@ class Layout:
         ):
             ends.append(ends[-1] + size)
         return cls(n, groups, n_outliers, *ends)
+
+
+def bytes_of(codec: str, n: int, d: int) -> int:
+    """What an entry of ``n`` rows takes in ``codec``, a row at its beginning kept raw."""
+    n_raw = min(n, 1) if CODE_BITS[codec] else n
+    return Layout.of(Header(codec, n, d, n_raw, EXACT)).end

@@ -193,6 +193,8 @@ class Fetch:
         self._held: dict[bytes, memoryview] = {}
         self._n_held_bytes = 0
         self._is_over = False
+        self.changed_at = until
+        """When something came last, or its end."""
 
     @property
     def is_over(self) -> bool:
@@ -414,7 +416,7 @@ class MeshLink:
                 case Over(request=request):
                     fetch = self._fetches.get(request)
                     if fetch is not None:
-                        fetch._is_over = True
+                        fetch._is_over, fetch.changed_at = True, self._clock()
                 case Asked(request=request):
                     n_keys, asking = self._asking.pop(request, (0, None))
                     if asking is not None:
@@ -434,6 +436,7 @@ class MeshLink:
                 self._n_held_bytes += size
             start += size
         fetch._n_settled += len(sizes)
+        fetch.changed_at = self._clock()
         if fetch._n_settled > len(fetch.keys):
             raise DecodeError("more blocks than were wanted")
 

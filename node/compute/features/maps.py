@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,10 +24,13 @@ from torch import Tensor
 
 from mesh.errors import ConfigError, DecodeError
 from node.compute.backbone.contract import Backbone, Segment
+from node.compute.features.ahead import Ahead
+from node.compute.features.choice import FetchOrCompute
 from node.compute.features.codec import CODECS
-from node.compute.features.entry import Encoded
+from node.compute.features.entry import Encoded, bytes_of
 from node.compute.features.key import BLOCK_TOKENS, FeatureSpace
-from node.compute.features.shape import Numerics, Piece, filled, packed, prove
+from node.compute.features.mesh_store import MeshStore
+from node.compute.features.shape import PASS_ROWS, Numerics, Piece, filled, packed, prove
 from node.compute.features.store import Entry, FeatureStore
 
 __all__ = ["CodecBoundError", "FeatureMaps", "MissingFeaturesError", "Reading"]
@@ -38,8 +41,14 @@ _log = logging.getLogger(__name__)
 # neither tiny nor is much lost when the process is killed.
 _FLUSH_BYTES = 8 << 20
 _FLUSH_S = 3.0
-# Keys asked for at once: 256 blocks of 64 tokens are 40 MB of raw features at d = 576.
+# Keys asked for at once: 256 blocks of 64 tokens are 40 MB of raw features at d = 576. What comes from peers
+# is asked for in smaller lots, so that the next ones come while one is decoded.
 _FETCH_KEYS = 256
+_PEER_KEYS = 64
+# A step waits no longer for peers: others have their turn in between.
+_WAIT_S = 0.01
+# Features of several texts are computed in common passes: while peers are waited for, only whole ones.
+_MEANWHILE_TOKENS = 4 * PASS_ROWS
 
 
 class MissingFeaturesError(ConfigError):
@@ -55,7 +64,9 @@ class FeatureMaps:
 
     ``backbone``: ``None`` on a node that holds only the layers from the cut on. ``numerics``: what ``prove``
     found for the backbone; it must be what the space says. ``error_bound``: of the relative error of 99 in
-    100 rows of every text; ``None`` = whatever the codec's certificate says.
+    100 rows of every text; ``None`` = whatever the codec's certificate says. ``choice`` learns what fetching
+    and computing take, and decides between them where ``store`` reads from peers. ``width``: of a row, where
+    there is no backbone to say it.
 
     Raises:
         ConfigError: The backbone cannot stop at this cut, or computes otherwise than the space says.
@@ -69,6 +80,8 @@ class FeatureMaps:
         *,
         numerics: Numerics | None = None,
         error_bound: float | None = None,
+        choice: FetchOrCompute | None = None,
+        width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if space.kind != "hidden":
@@ -89,6 +102,8 @@ class FeatureMaps:
         """Texts, and below tokens and seconds, whose features were found."""
         self.misses = 0
         self.tokens_found = 0
+        self.tokens_fetched = 0
+        """Of those found: from peers."""
         self.tokens_computed = 0
         self.seconds_computing = 0.0
         self.seconds_saved = 0.0
@@ -97,6 +112,8 @@ class FeatureMaps:
         self._store = store
         self._codec = CODECS[space.codec]
         self._error_bound = error_bound
+        self._choice = choice
+        self._width = backbone.width if backbone is not None else width
         self._clock = clock
 
     def read(
@@ -135,8 +152,14 @@ class Reading:
         self._done: dict[tuple[int, ...], Tensor] = {}
         self._n_done = 0
         self._n_tokens = sum(map(len, self._texts))
+        self._ahead: Ahead | None = None
         self._steps = self._run()
         self._is_over = False
+
+    @property
+    def text(self) -> str:
+        """What is fetched from peers and why, for people; empty where nothing is."""
+        return self._ahead.text if self._ahead is not None else ""
 
     @property
     def fraction(self) -> float:
@@ -152,48 +175,106 @@ class Reading:
         assert self._is_over and self._keep, "step until nothing is left, and ask to keep"
         return [self._done[text] for text in self._order]
 
+    def close(self) -> None:
+        """Not wanted any more."""
+        self._is_over = True
+        self._steps.close()
+
     # ── fetching ────────────────────────────────────────────────────────────────────────────────────
 
-    def _run(self) -> Iterator[bool]:
+    def _run(self) -> Generator[bool, None, None]:
         maps = self._maps
         keys = [key for keys in self._keys.values() for key in keys]
         with maps._store.pinned(keys):
-            missing = []
-            for lot in self._lots():
-                missing += self._fetch(lot)
-                yield True
-            maps.misses += len(missing)
-            if missing:
+            ahead = self._ahead = self._look_ahead()
+            try:
+                while ahead is not None and not ahead.is_answered(_WAIT_S):
+                    yield True
+                lots = list(self._lots(_FETCH_KEYS if ahead is None else _PEER_KEYS))
+                if ahead is not None:
+                    ahead.arrange(lots)
+                missing: list[tuple[int, ...]] = []
+                for number, lot in enumerate(lots):
+                    if ahead is not None:
+                        ahead.reach(number)
+                        missing = yield from self._wait(ahead, number, missing)
+                    missing += self._fetch(number, lot)
+                    yield True
                 yield from self._compute(missing)
+            finally:
+                if ahead is not None:
+                    ahead.close()
 
-    def _lots(self) -> Iterator[list[tuple[int, ...]]]:
+    def _look_ahead(self) -> Ahead | None:
+        """``None`` where all is here, or there are no peers to ask."""
+        maps, store = self._maps, self._maps._store
+        if not isinstance(store, MeshStore) or maps._choice is None or maps._width is None:
+            return None
+        if not store.is_linked or not store.missing([key for keys in self._keys.values() for key in keys]):
+            return None
+        codec, width = maps.space.codec, maps._width
+        return Ahead(
+            store,
+            maps._choice,
+            self._keys,
+            block_bytes=lambda n: bytes_of(codec, n, width),
+            block_tokens=BLOCK_TOKENS,
+            n_layers=maps.space.cut if maps._backbone is not None else None,
+            clock=maps._clock,
+        )
+
+    def _wait(
+        self, ahead: Ahead, number: int, missing: list[tuple[int, ...]]
+    ) -> Generator[bool, None, list[tuple[int, ...]]]:
+        """Until lot ``number`` has come; meanwhile what nobody has is computed. Gives back what is left."""
+        computing: Generator[bool, None, None] | None = None
+        while not ahead.is_settled(number, 0.0 if computing is not None else _WAIT_S):
+            if computing is None and sum(map(len, missing)) >= _MEANWHILE_TOKENS and self._maps._backbone:
+                computing, missing = self._compute(missing), []
+            if computing is not None and next(computing, None) is None:
+                computing = None
+            yield True
+        if computing is not None:
+            yield from computing
+        return missing
+
+    def _lots(self, n_keys_max: int) -> Iterator[list[tuple[int, ...]]]:
         lot: list[tuple[int, ...]] = []
         n_keys = 0
         for text in self._texts:
             lot.append(text)
             n_keys += len(self._keys[text])
-            if n_keys >= _FETCH_KEYS:
+            if n_keys >= n_keys_max:
                 yield lot
                 lot, n_keys = [], 0
         if lot:
             yield lot
 
-    def _fetch(self, lot: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def _fetch(self, number: int, lot: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Those of the texts that are not all there."""
         maps = self._maps
+        wanted = self._ahead.keys(number) if self._ahead is not None else frozenset()
         found = maps._store.get([key for text in lot for key in self._keys[text]])
         missing = []
+        came: set[bytes] = set()
         at = 0
         for text in lot:
-            entries = found[at : at + len(self._keys[text])]
+            keys = self._keys[text]
+            entries = found[at : at + len(keys)]
             at += len(entries)
             whole = [entry for entry in entries if entry is not None]
+            came.update(key for key, entry in zip(keys, entries, strict=True) if entry is not None)
             if len(whole) < len(entries) or not self._decode(text, [entry.encoded for entry in whole]):
                 missing.append(text)
                 continue
             maps.hits += 1
             maps.tokens_found += len(text)
+            if not wanted.isdisjoint(keys):
+                maps.tokens_fetched += len(text)
             maps.seconds_saved += sum(entry.recompute_s for entry in whole)
+        if self._ahead is not None:
+            self._ahead.end(number, wanted - came)
+        maps.misses += len(missing)
         return missing
 
     def _decode(self, text: tuple[int, ...], entries: Sequence[Encoded]) -> bool:
@@ -205,9 +286,12 @@ class Reading:
         ):
             _log.warning("stored features of another shape than their text; computing them again")
             return False
+        if maps._width is not None and any(entry.d != maps._width for entry in entries):
+            _log.warning("stored features of another width than the model; computing them again")
+            return False
         self._check_bound(entries)
         if self._keep:
-            d = maps._backbone.width if maps._backbone is not None else entries[0].d if entries else 0
+            d = maps._width if maps._width is not None else entries[0].d if entries else 0
             x = torch.empty(len(text), d)
             start = 0
             try:
@@ -233,7 +317,9 @@ class Reading:
 
     # ── computing ───────────────────────────────────────────────────────────────────────────────────
 
-    def _compute(self, texts: Sequence[tuple[int, ...]]) -> Iterator[bool]:
+    def _compute(self, texts: Sequence[tuple[int, ...]]) -> Generator[bool, None, None]:
+        if not texts:
+            return
         maps = self._maps
         backbone, numerics = maps._backbone, maps._numerics
         if backbone is None:
@@ -256,7 +342,10 @@ class Reading:
         for pieces in packed([len(text) for text in texts], numerics.is_packed):
             started_at = maps._clock()
             x = self._pass(backbone, numerics, pieces, texts, states)
-            pace_s = (maps._clock() - started_at) / sum(piece.n for piece in pieces)
+            pass_s, n_rows = maps._clock() - started_at, sum(piece.n for piece in pieces)
+            pace_s = pass_s / n_rows
+            if maps._choice is not None:
+                maps._choice.computed(n_rows, maps.space.cut, pass_s)
             start = 0
             for piece in pieces:
                 rows.setdefault(piece.text, []).append(x[start : start + piece.n])

@@ -103,6 +103,12 @@ class MeshStore:
                     last[id(fetch)] = (fetch, place)
         return all(fetch.wait(place, timeout_s) for fetch, place in last.values())
 
+    def changed_at(self, keys: Iterable[bytes]) -> float | None:
+        """When the newest of ``keys`` came that are under way, or when it was known that they do not."""
+        return max(
+            (self._under_way[key][0].changed_at for key in keys if key in self._under_way), default=None
+        )
+
     def give_up(self, keys: Iterable[bytes]) -> None:
         """Whoever wanted these does not any more."""
         fetches = {}
