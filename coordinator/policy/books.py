@@ -62,10 +62,10 @@ class Books:
     def run(self, job: Job, row: int, now: float, *, expected_s: float | None = None) -> None:
         """The job runs on the node ``row``; ``expected_s`` as predicted alone there, if not given."""
         node, view = self.nodes.ids[row], self.nodes.view(row)
-        reuse = self.nodes.reuse_of(job, row)
+        reuse, far = self.nodes.share_of(job, row)
         if expected_s is None:
-            expected_s = self.cost.estimate(job.work, node, view.rates, reuse=reuse).service_s
-        self.nodes.start(row, Running(job, node, now, expected_s, reuse, 0.0), now)
+            expected_s = self.cost.estimate(job.work, node, view.rates, reuse=reuse, far=far).service_s
+        self.nodes.start(row, Running(job, node, now, expected_s, reuse, 0.0, far), now)
         self.runs_on[job.task] = node
         if job.work.kind == "tune" and self.chunks and not view.tunes_beside:
             self.yielding[job.task] = self.chunk_end(self.nodes.running(row)[job.task], now)

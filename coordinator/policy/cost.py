@@ -103,16 +103,24 @@ class CostModel:
     # ── predictions ─────────────────────────────────────────────────────────────────────────────────
 
     def estimate(
-        self, work: Work, node: NodeId, rates: Rates, *, reuse: float = 0.0, rows: float = 1.0
+        self,
+        work: Work,
+        node: NodeId,
+        rates: Rates,
+        *,
+        reuse: float = 0.0,
+        far: float = 0.0,
+        rows: float = 1.0,
     ) -> Estimate:
         """Seconds from start to end on ``node``.
 
         Args:
             reuse: Share (0 to 1) of what ``work.reuses`` names that the node still has.
+            far: Share of it that it would fetch from other nodes.
             rows: Attempts in the node's batch, this one included.
         """
         correction = self.correction(work.kind, node)
-        amounts = amounts_of(work, reuse=reuse)
+        amounts = amounts_of(work, reuse=reuse, far=far)
         seconds = [amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True)]
         seconds[_DECODE] *= step_share(rows, rates.row_cost)
         parts = {name: part_s * correction for name, part_s in zip(PARTS, seconds, strict=True)}
@@ -158,6 +166,7 @@ class CostModel:
         observed: Observed,
         *,
         reuse: float = 0.0,
+        far: float = 0.0,
         predicted_s: float | None = None,
     ) -> None:
         """Take in how one attempt went.
@@ -167,10 +176,11 @@ class CostModel:
         """
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:
-            predicted_s = self.estimate(work, node, rates, reuse=reuse, rows=observed.rows).service_s
+            found = self.estimate(work, node, rates, reuse=reuse, far=far, rows=observed.rows)
+            predicted_s = found.service_s
         self._last_errors.pop(work.kind, None)
         self._errors[work.kind].append(abs(actual_s / max(predicted_s, _LEAST_S) - 1))
-        ratio = actual_s / max(_rated_s(work, rates, observed, reuse), _LEAST_S)
+        ratio = actual_s / max(_rated_s(work, rates, observed, reuse, far), _LEAST_S)
         key = (work.kind, node)
         if key not in self._by_node:
             while len(self._by_node) >= _NODES_MAX * len(KINDS):
@@ -194,14 +204,15 @@ class CostModel:
             self._by_node.pop((kind, node), None)
 
 
-def amounts_of(work: Work, *, reuse: float = 0.0) -> tuple[float, ...]:
+def amounts_of(work: Work, *, reuse: float = 0.0, far: float = 0.0) -> tuple[float, ...]:
     """Amounts in the order of ``PARTS``, to be multiplied by ``Rates.unit_s``."""
     return (
         work.n_adapter_loads * (1 - reuse),
-        work.n_feature_tokens * (1 - reuse),
+        work.n_feature_tokens * (1 - reuse - far),
         work.n_prompt_tokens,
         work.n_tokens,
         work.n_tune_tokens,
+        work.n_feature_bytes * far,
     )
 
 
@@ -214,9 +225,9 @@ def step_share(rows: float, row_cost: float) -> float:
     return 1 + max(0.0, rows - 1) * row_cost
 
 
-def _rated_s(work: Work, rates: Rates, observed: Observed, reuse: float) -> float:
+def _rated_s(work: Work, rates: Rates, observed: Observed, reuse: float, far: float) -> float:
     """What the rates alone say of an attempt as it turned out to be."""
-    amounts = list(amounts_of(work, reuse=reuse))
+    amounts = list(amounts_of(work, reuse=reuse, far=far))
     if observed.n_prompt_tokens:
         amounts[_PREFILL] = observed.n_prompt_tokens
     if work.kind == "generate" and observed.n_tokens is not None:

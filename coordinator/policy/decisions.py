@@ -10,7 +10,7 @@ from coordinator.policy.work import ANYTHING, Needs, Work
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 
-__all__ = ["Candidate", "Decision", "Drop", "Job", "NodeView", "Pause", "Resume", "Start", "Why"]
+__all__ = ["Candidate", "Decision", "Drop", "Features", "Job", "NodeView", "Pause", "Resume", "Start", "Why"]
 
 
 def _has_all(needs: Needs) -> bool:
@@ -58,6 +58,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """Tokens whose feature maps a tuning job would find on a node, fetch from others, and compute."""
+
+    found: float
+    fetched: float
+    computed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One node and why it was, or was not, taken."""
 
@@ -68,6 +77,8 @@ class Candidate:
     """``None``: taken."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part, see ``coordinator.policy.rates.PARTS``; only of the node taken."""
+    features: Features | None = None
+    """``None``: the job reads none, or nobody knows where they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Why
 from coordinator.policy.explaining import candidates_of, hopeless_words
 from coordinator.policy.giving_way import end_chunks, preempt, resume
 from coordinator.policy.looking import overview
+from coordinator.policy.nodes import Share
 from coordinator.policy.policies import Policy, margin_after, vdf_plain
 from coordinator.policy.pricing import all_fastest_s, fastest_s
 from coordinator.policy.starting import fill
@@ -144,6 +145,10 @@ class Dispatcher:
         self._is_stale = self._is_news = True
         return sorted(lost)
 
+    def set_shares(self, name: str, shares: Mapping[NodeId, Share]) -> None:
+        """Which share of what waiting tasks reuse by this name each node has, and which it would fetch."""
+        self._is_stale |= self._books.nodes.set_shares(name, shares)
+
     # ── tasks ───────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, job: Job, now: float) -> None:
@@ -195,6 +200,7 @@ class Dispatcher:
                 self._books.nodes.view(row).rates,
                 observed if observed.rows >= rows else replace(observed, rows=rows),
                 reuse=running.reuse,
+                far=running.far,
                 predicted_s=running.expected_s,
             )
             self._books.nodes.learned(node, running.job.work.kind)

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from coordinator.policy.cost import CostModel
-from coordinator.policy.decisions import Candidate, Why
+from coordinator.policy.decisions import Candidate, Features, Job, Why
 from coordinator.policy.density import Floats
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable, Running
@@ -28,16 +28,29 @@ def candidates_of(
     found = []
     for node in _best(nodes, finish_s, taken):
         view, service_s = nodes.view(node), float(finish_s[node])
+        features = _features(nodes, job, node)
         if node == taken:
             rows = float(nodes.n_rows[node]) + 1
-            reuse = nodes.reuse_of(job, node)
-            parts = cost.estimate(job.work, view.id, view.rates, reuse=reuse, rows=rows).parts
-            found.append(Candidate(node=view.id, service_s=service_s, why_not=None, parts=parts))
+            reuse, far = nodes.share_of(job, node)
+            parts = cost.estimate(job.work, view.id, view.rates, reuse=reuse, far=far, rows=rows).parts
+            taken_one = Candidate(
+                node=view.id, service_s=service_s, why_not=None, parts=parts, features=features
+            )
+            found.append(taken_one)
         else:
             ahead_s = -1.0 if taken is None else service_s - float(finish_s[taken])
             why_not = _why_not(nodes, node, now, job.deadline_at, service_s, ahead_s)
-            found.append(Candidate(node=view.id, service_s=service_s, why_not=why_not))
+            found.append(Candidate(node=view.id, service_s=service_s, why_not=why_not, features=features))
     return tuple(found)
+
+
+def _features(nodes: NodeTable, job: Job, node: int) -> Features | None:
+    n_tokens = job.work.n_feature_tokens
+    if not n_tokens or not job.work.n_feature_bytes:
+        return None
+    reuse, far = nodes.share_of(job, node)
+    computed = max(0.0, 1 - reuse - far)
+    return Features(found=n_tokens * reuse, fetched=n_tokens * far, computed=n_tokens * computed)
 
 
 def _best(nodes: NodeTable, finish_s: Floats, taken: int | None) -> list[int]:

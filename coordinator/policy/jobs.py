@@ -25,6 +25,7 @@ _AT = {name: at for at, name in enumerate(_COLUMNS)}
 _NUMBER_AT = {name: at for at, name in enumerate(_NUMBERS)}
 _ANSWERS = [PARTS.index("decode"), PARTS.index("tune")]
 _FEATURES = PARTS.index("features")
+_FETCH = PARTS.index("fetch")
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 
 
@@ -45,6 +46,8 @@ class JobTable:
         self.n_tunes = 0
         self.n_spared = 0
         """Rows with parts that a node may be spared by what it has from earlier work."""
+        self.n_fetching = 0
+        """Rows with parts that a node may fetch instead."""
         self.avoiding: set[TaskId] = set()
         """Tasks that must not go to some nodes for a while."""
 
@@ -102,6 +105,7 @@ class JobTable:
         )
         self._numbers[:, row] = (_KIND_NUMBER[job.work.kind], needs, reuse)
         self._amounts[:, row] = amounts_of(job.work)
+        self._amounts[_FETCH, row] = job.work.n_feature_bytes  # all of it: what share is the node's matter
         self._kept[row] = True
         return row
 
@@ -121,7 +125,7 @@ class JobTable:
         """Only this share of the row's answer and training is left, see ``Work.left``."""
         self._amounts[_ANSWERS, row] *= share
         if share < 1:
-            self._amounts[_FEATURES, row] = 0.0
+            self._amounts[_FEATURES, row] = self._amounts[_FETCH, row] = 0.0
 
     def remove(self, task: TaskId) -> tuple[Job, int, int]:
         """Take a row out; the job, its needs' and its reuse's numbers come back."""
@@ -149,6 +153,7 @@ class JobTable:
         self.n_virtual += by * (job.deadline_at == FOREVER)
         self.n_tunes += by * (work.kind == "tune")
         self.n_spared += by * (work.n_adapter_loads > 0 or work.n_feature_tokens > 0)
+        self.n_fetching += by * (work.n_feature_bytes > 0)
 
     def _grow(self) -> None:
         self._capacity *= 2

@@ -23,6 +23,9 @@ class Keys(Generic[K]):
         """Numbers ever used at once: the length an array over keys needs."""
         return len(self._keys)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._number
+
     def take(self, key: K) -> tuple[int, bool]:
         """The key's number, and whether it is new (its row must be filled)."""
         number = self._number.get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,11 +20,15 @@ from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 from mesh.messages.task import TaskKind
 
-__all__ = ["NodeTable", "Running"]
+__all__ = ["NodeTable", "Running", "Share"]
+
+Share = tuple[float, float]
+"""Of what a task reuses: there, and to be fetched from others (0 to 1 each, and together)."""
 
 _WARM_MAX = 16
 """Adapters or sets of features a node is believed to have from earlier work: the latest."""
 _LEAST_S = 1e-6
+_FETCH = PARTS.index("fetch")  # the last part
 _LEFT_LEAST = 0.05
 """An attempt that overran its prediction is nearly done, as far as anybody knows."""
 
@@ -40,6 +45,8 @@ class Running:
     reuse: float
     row_seconds_before: float
     """The node's integral of attempts over time when this one started."""
+    far: float = 0.0
+    """Share of what it reuses that it was expected to fetch."""
     is_pausing: bool = False
     """Told to give way; its slot is counted as free."""
     is_paused: bool = False
@@ -112,6 +119,10 @@ class NodeTable:
         """(needs, M)"""
         self.warm: Floats = np.zeros((0, 0))
         """(reuses, M) Share of what a task reuses that the node has."""
+        self.far: Floats = np.zeros((0, 0))
+        """(reuses, M) Share of it that the node would fetch from others."""
+        self._shares: dict[str, Mapping[NodeId, Share]] = {}
+        """Of what is reused and whose holders are known; bound: names that tasks reuse now."""
         self.has_everything = True
         """Every node has what every waiting task needs."""
         self.knows_everything = True
@@ -141,7 +152,7 @@ class NodeTable:
             row = self._row[view.id] = len(self.ids)
             self.ids.append(view.id)
             self._slots.append(_Slots(view))
-            for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm"):
+            for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm", "far"):
                 setattr(self, name, _wider(getattr(self, name)))
             for name in ("has_room", "has_tune_room", "free_at", "n_yielding", "together"):
                 setattr(self, name, _wider(getattr(self, name)))
@@ -158,7 +169,7 @@ class NodeTable:
         for needs, number in self.needs.items():
             self.has[number, row] = view.has(needs)
         for reuse, number in self.reuses.items():
-            self.warm[number, row] = reuse in self._slots[row].warm
+            self.warm[number, row], self.far[number, row] = self._share_of(reuse, row)
         for kind in KINDS:
             self.learned(view.id, kind)
         self._count(row)
@@ -171,7 +182,7 @@ class NodeTable:
         ran = list(self._slots[row].running.values())
         self.n_open -= bool(self.has_room[row])
         del self.ids[row], self._slots[row]
-        for name in ("unit_s", "corrections", "is_known", "has", "warm"):
+        for name in ("unit_s", "corrections", "is_known", "has", "warm", "far"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
         for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at", "n_yielding", "together"):
             setattr(self, name, np.delete(getattr(self, name), row))
@@ -206,15 +217,46 @@ class NodeTable:
         reuse, is_new = self.reuses.take(name)
         if is_new:
             self.warm = _taller(self.warm, len(self.reuses))
-            self.warm[reuse] = [name in slots.warm for slots in self._slots]
+            self.far = _taller(self.far, len(self.reuses))
+            self._fill_shares(name, reuse)
         return needs, reuse
 
     def release_keys(self, needs: int, reuse: int) -> None:
         self.needs.release(needs)
         self.reuses.release(reuse)
+        if self._shares:
+            self._shares = {name: shares for name, shares in self._shares.items() if name in self.reuses}
 
-    def reuse_of(self, job: Job, row: int) -> float:
-        return 1.0 if job.work.reuses in self._slots[row].warm else 0.0
+    def set_shares(self, name: str, shares: Mapping[NodeId, Share]) -> bool:
+        """Who has how much of what some waiting task reuses: instead of what nodes did a moment ago.
+
+        A node that is left out has nothing. Whether what a task takes may have changed.
+        """
+        number = self.reuses.get(name)
+        if number is None or self._shares.get(name) == shares:
+            return False
+        self._shares[name] = shares
+        self._fill_shares(name, number)
+        return True
+
+    def share_of(self, job: Job, row: int) -> Share:
+        """Of what the job reuses: the share that the node has, and the share that it would fetch."""
+        return self._share_of(job.work.reuses or "", row)
+
+    def _share_of(self, name: str, row: int) -> Share:
+        shares = self._shares.get(name)
+        if shares is None:
+            return (1.0 if name in self._slots[row].warm else 0.0), 0.0
+        return shares.get(self.ids[row], (0.0, 0.0))
+
+    def _fill_shares(self, name: str, number: int) -> None:
+        shares = self._shares.get(name)
+        if shares is None:
+            self.warm[number] = [name in slots.warm for slots in self._slots]
+            self.far[number] = 0.0
+        else:
+            found = [shares.get(node, (0.0, 0.0)) for node in self.ids]
+            self.warm[number], self.far[number] = zip(*found, strict=True) if found else ((), ())
 
     # ── what runs ───────────────────────────────────────────────────────────────────────────────────
 
@@ -310,13 +352,14 @@ class NodeTable:
         """
         if not self.ids:
             return np.zeros(0)
-        alone_s = np.maximum(amounts @ self.unit_s * self.corrections[0], _LEAST_S)
+        # What could be fetched could be computed: it counts once.
+        alone_s = np.maximum(amounts[:_FETCH] @ self.unit_s[:_FETCH] * self.corrections[0], _LEAST_S)
         capacity: Floats = alone_s.min() / alone_s * self.together
         return capacity
 
     def _set_warm(self, name: str, row: int, share: float) -> None:
         number = self.reuses.get(name)
-        if number is not None:
+        if number is not None and name not in self._shares:
             self.warm[number, row] = share
 
 

@@ -21,7 +21,7 @@ __all__ = ["Prices", "Rows", "all_fastest_s", "fastest_s", "prices"]
 
 _SPARED: Final = (PARTS.index("adapter_load"), PARTS.index("features"))
 _DECODE: Final = PARTS.index("decode")
-_PREFILL, _TUNE = PARTS.index("prefill"), PARTS.index("tune")
+_PREFILL, _TUNE, _FETCH = PARTS.index("prefill"), PARTS.index("tune"), PARTS.index("fetch")
 _LEAST_S: Final = 1e-6
 _EVERYBODY: Final = 1_000_000
 _CERTAIN: Final = np.ones((1, 1), np.bool_)
@@ -62,7 +62,12 @@ def prices(
     if jobs.n_spared:
         first, second = _SPARED
         spared = amounts[first][:, None] * unit_s[first] + amounts[second][:, None] * unit_s[second]
-        fixed = fixed + spared * (1.0 - nodes.warm[:, columns][jobs.numbers("reuse")[rows]])
+        left = 1.0 - nodes.warm[:, columns][jobs.numbers("reuse")[rows]]
+        if jobs.n_fetching:
+            far = nodes.far[:, columns][jobs.numbers("reuse")[rows]]
+            left = left - far
+            fixed = fixed + amounts[_FETCH][:, None] * unit_s[_FETCH] * far
+        fixed = fixed + spared * left
     correction = nodes.corrections[:, columns][kinds]
     n_others = nodes.n_rows[columns] - n_away
     if alone or not (n_others > 0).any():
@@ -91,7 +96,12 @@ def _prices_on_one(jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_aw
     if jobs.n_spared:
         first, second = _SPARED
         spared = amounts[first] * unit_s[first] + amounts[second] * unit_s[second]
-        fixed = fixed + spared * (1.0 - nodes.warm[:, node][jobs.numbers("reuse")[rows]])
+        left = 1.0 - nodes.warm[:, node][jobs.numbers("reuse")[rows]]
+        if jobs.n_fetching:
+            far = nodes.far[:, node][jobs.numbers("reuse")[rows]]
+            left = left - far
+            fixed = fixed + amounts[_FETCH] * unit_s[_FETCH] * far
+        fixed = fixed + spared * left
     correction = nodes.corrections[:, node][kinds]
     n_others = max(float(nodes.n_rows[node]) - n_away, 0.0)
     row_cost = float(nodes.row_cost[node])
@@ -132,11 +142,16 @@ def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]
     if not len(nodes):
         return 0.0, 0.0
     service_s = np.zeros(len(nodes))
-    warm = nodes.warm[jobs.numbers("reuse")[row]] if jobs.n_spared else None
+    reuse = jobs.numbers("reuse")[row]
+    left = 1.0 - nodes.warm[reuse] if jobs.n_spared else None
+    if left is not None and jobs.n_fetching:
+        left = left - nodes.far[reuse]
     for part, amount in enumerate(jobs.amounts[:, row].tolist()):
         if amount:
             part_s = amount * nodes.unit_s[part]
-            service_s += part_s if warm is None or part not in _SPARED else part_s * (1.0 - warm)
+            if part == _FETCH:
+                part_s = part_s * nodes.far[reuse]
+            service_s += part_s if left is None or part not in _SPARED else part_s * left
     kind = int(jobs.numbers("kind")[row])
     service_s = np.maximum(service_s * nodes.corrections[kind], _LEAST_S)
     if not nodes.has_everything:

@@ -9,8 +9,12 @@ from mesh.messages import NodeInfo
 
 __all__ = ["PARTS", "Rates", "rates_of"]
 
-PARTS: Final = ("adapter_load", "features", "prefill", "decode", "tune")
-"""Parts of a service time, in the order of every array of parts. The first two are spared by reuse."""
+PARTS: Final = ("adapter_load", "features", "prefill", "decode", "tune", "fetch")
+"""Parts of a service time, in the order of every array of parts. The first two are spared by reuse; what is
+fetched takes the place of ``features``."""
+
+FETCH_BYTES_PER_S: Final = 20e6
+"""Of feature maps from other nodes, before any were: a home network's radio, half of what it says it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,7 @@ class Rates:
     tune_tokens_per_s: float = 100.0
     """Forward and backward."""
     adapter_load_s: float = 0.1
+    fetch_bytes_per_s: float = FETCH_BYTES_PER_S
     emulated_slowdown: float = 1.0
     """Only told to people; it is in the other numbers already."""
     is_measured: bool = True
@@ -40,6 +45,7 @@ class Rates:
             self.decode_tokens_per_s,
             self.features_tokens_per_s,
             self.tune_tokens_per_s,
+            self.fetch_bytes_per_s,
             self.emulated_slowdown,
         )
         if not all(0 < speed < float("inf") for speed in speeds):
@@ -56,6 +62,7 @@ class Rates:
             1 / self.prefill_tokens_per_s,
             1 / self.decode_tokens_per_s,
             1 / self.tune_tokens_per_s,
+            1 / self.fetch_bytes_per_s,
         )
 
     def scaled(self, speed: float) -> Rates:
@@ -67,6 +74,7 @@ class Rates:
             features_tokens_per_s=self.features_tokens_per_s * speed,
             tune_tokens_per_s=self.tune_tokens_per_s * speed,
             adapter_load_s=self.adapter_load_s / speed,
+            fetch_bytes_per_s=self.fetch_bytes_per_s,
             emulated_slowdown=self.emulated_slowdown,
             is_measured=self.is_measured,
         )

@@ -104,7 +104,7 @@ class VirtualNode:
         alone_s, answer_s = self._true_s(task, left)
         attempt = Attempt(task, now, alone_s, answer_s, max(alone_s + answer_s, _NOTHING_S))
         if task.work.kind == "tune":
-            *_, tune_s = self.spec.rates.unit_s
+            *_, tune_s, _ = self.spec.rates.unit_s
             attempt.training_s = min(alone_s, task.work.n_tune_tokens * tune_s * task.true_factor)
         self.coming.append(attempt)
         self._fill()
@@ -253,7 +253,7 @@ class VirtualNode:
 
     def _true_s(self, task: VirtualTask, left: float) -> tuple[float, float]:
         """Seconds of this node that the task truly takes: without its answer, and its answer."""
-        work, (load_s, feature_s, prompt_s, token_s, tune_s) = task.work, self.spec.rates.unit_s
+        work, (load_s, feature_s, prompt_s, token_s, tune_s, _) = task.work, self.spec.rates.unit_s
         has = work.reuses is not None and work.reuses in self._kept
         fresh_s = 0.0 if has else work.n_adapter_loads * load_s
         if work.kind == "tune":
