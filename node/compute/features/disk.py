@@ -81,6 +81,8 @@ class PackDirectory:
         self._looked_at = -look_s
         self._seen_ns = (-1, -1)
         self._is_told = False
+        self.changes = 0
+        """Counts up with every pack that comes or goes."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -214,6 +216,7 @@ class PackDirectory:
 
     def learn(self, name: str, places: Mapping[bytes, Place], n_bytes: int) -> None:
         """A pack is here."""
+        self.changes += 1
         self._packs[name] = places
         for key, place in places.items():
             self.places.setdefault(key, (name, place))
@@ -247,6 +250,7 @@ class PackDirectory:
 
     def forget(self, name: str) -> None:
         """Its file is gone already."""
+        self.changes += 1
         for key in self._packs.pop(name, ()):
             if self.places.get(key, ("",))[0] == name:
                 del self.places[key]
