@@ -55,11 +55,18 @@ class Verdict:
 
 
 class FetchOrCompute:
-    """``row_layer_s``: seconds to compute one row of one layer, guessed until it is measured."""
+    """``row_layer_s``: seconds to compute one row of one layer, guessed until it is measured. ``slowdown``:
+    this node plays one that computes so many times slower than what is measured.
+    """
 
-    def __init__(self, row_layer_s: float) -> None:
-        assert row_layer_s > 0
-        self.row_layer_s = row_layer_s
+    def __init__(self, row_layer_s: float, slowdown: float = 1.0) -> None:
+        assert row_layer_s > 0 and slowdown >= 1
+        self.row_layer_s = row_layer_s * slowdown
+        self._slowdown = slowdown
+        self.n_fetches = self.n_computes = 0
+        """Requests where there was a choice, by what was chosen."""
+        self.verdict: Verdict | None = None
+        """The newest of these."""
         self._took_s = self._expected_s = _FLOOR_S
         self._is_measured = False
         self._side: Side | None = None
@@ -74,7 +81,7 @@ class FetchOrCompute:
         """A pass over ``n_rows`` took so long."""
         if n_rows <= 0 or n_layers <= 0 or took_s <= 0:
             return
-        seen = took_s / (n_rows * n_layers)
+        seen = self._slowdown * took_s / (n_rows * n_layers)
         # A guess is worth nothing beside a measurement.
         weight = _WEIGHT if self._is_measured else 1.0
         self.row_layer_s += weight * (seen - self.row_layer_s)
@@ -104,17 +111,25 @@ class FetchOrCompute:
         """Of one request. At least one of the two is finite, or there is nothing to choose."""
         if math.isinf(fetch_s) or math.isinf(compute_s):
             return Verdict("compute" if math.isinf(fetch_s) else "fetch", fetch_s, compute_s)
-        seconds: dict[Side, float] = {"fetch": fetch_s, "compute": compute_s}
-        side: Side = "fetch" if fetch_s <= compute_s else "compute"
+        self.verdict = self._weighed({"fetch": fetch_s, "compute": compute_s})
+        if self.verdict.side == "fetch":
+            self.n_fetches += 1
+        else:
+            self.n_computes += 1
+        return self.verdict
+
+    def _weighed(self, seconds: dict[Side, float]) -> Verdict:
+        side: Side = "fetch" if seconds["fetch"] <= seconds["compute"] else "compute"
         if self._side is not None and seconds[side] > _CLEARLY * seconds[self._side]:
             side = self._side
         self._side = side
         other: Side = "compute" if side == "fetch" else "fetch"
-        if seconds[other] - seconds[side] < _TRIAL_SHARE * self._since_trial_s:
-            self._since_trial_s = 0.0
-            return Verdict(other, fetch_s, compute_s, is_trial=True)
-        self._since_trial_s += seconds[side]
-        return Verdict(side, fetch_s, compute_s)
+        is_trial = seconds[other] - seconds[side] < _TRIAL_SHARE * self._since_trial_s
+        if is_trial:
+            side, self._since_trial_s = other, 0.0
+        else:
+            self._since_trial_s += seconds[side]
+        return Verdict(side, seconds["fetch"], seconds["compute"], is_trial)
 
 
 def _seconds(s: float) -> str:

@@ -14,13 +14,15 @@ Not for several threads, like the store beneath.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from mesh.errors import DecodeError
+from node.compute.features.choice import FetchOrCompute
 from node.compute.features.entry import Encoded
-from node.compute.features.link import KEYS_MAX, Asking, Fetch, MeshLink
-from node.compute.features.store import Catalogue, Entry, LocalStore
+from node.compute.features.link import KEYS_MAX, Asking, Fetch, MeshLink, Tally, Tier
+from node.compute.features.store import Catalogue, Entry, Found, LocalStore
 
 __all__ = ["FETCH_WITHIN_S", "MeshStore"]
 
@@ -28,20 +30,32 @@ _log = logging.getLogger(__name__)
 
 FETCH_WITHIN_S = 10.0
 """What has not come then is a miss."""
+_TELL_S = 0.5
 
 
 class MeshStore:
     """See ``node.compute.features.store.FeatureStore``. ``link`` ``None``: everything elsewhere is a miss.
 
-    ``token_s``: seconds it takes here to compute what one token's features are, for what came from others.
+    ``choice`` knows what it takes to compute a row here, of about ``n_layers`` layers: what came from others
+    does not say how long it took them, and that is worth nothing here.
     """
 
     def __init__(
-        self, local: LocalStore, link: MeshLink | None, token_s: Callable[[], float] = lambda: 0.0
+        self,
+        local: LocalStore,
+        link: MeshLink | None,
+        choice: FetchOrCompute | None = None,
+        n_layers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.local = local
+        self.mesh_found = Found()
         self._link = link
-        self._token_s = token_s
+        self._choice = choice
+        self._n_layers = n_layers
+        self._clock = clock
+        self._n_computed, self._computing_s = 0, 0.0
+        self._told, self._told_at = Tally(), float("-inf")
         self._under_way: dict[bytes, tuple[Fetch, int]] = {}
         """Which request brings a key, and at which place of it."""
 
@@ -57,13 +71,18 @@ class MeshStore:
         return [entry if entry is not None else come.get(key) for key, entry in zip(keys, found, strict=True)]
 
     def put(self, entries: Mapping[bytes, Entry]) -> None:
+        self._n_computed += len(entries)
+        self._computing_s += sum(entry.recompute_s for entry in entries.values())
         self.local.put(entries)
 
     def catalogue(self) -> Catalogue:
         return self.local.catalogue()
 
-    def pinned(self, keys: Iterable[bytes]) -> AbstractContextManager[None]:
-        return self.local.pinned(keys)
+    @contextmanager
+    def pinned(self, keys: Iterable[bytes]) -> Iterator[None]:
+        with self.local.pinned(keys):
+            yield
+        self.tell(is_last=not self.local.has_pins)
 
     # ── the mesh ────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,7 +92,16 @@ class MeshStore:
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those that are neither here nor under way, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self._under_way and not self.local.has(key)]
+
+        def missing() -> list[bytes]:
+            return [
+                key for key in dict.fromkeys(keys) if key not in self._under_way and not self.local.has(key)
+            ]
+
+        if not missing():
+            return []
+        self.local.look()
+        return missing()
 
     def ask(self, keys: Sequence[bytes], n_bytes: int) -> Asking | None:
         """Which of at most ``KEYS_MAX`` keys peers say to have; ``None``: there is nobody to ask."""
@@ -118,6 +146,33 @@ class MeshStore:
                 fetches[id(fetch)] = fetch
         self._close(fetches.values())
 
+    # ── telling ─────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def tally(self) -> Tally:
+        choice = self._choice
+        verdict = choice.verdict if choice is not None else None
+        return Tally(
+            memory=_tier(self.local.memory_found),
+            disk=_tier(self.local.disk_found),
+            mesh=_tier(self.mesh_found),
+            computed=self._n_computed,
+            computing_s=self._computing_s,
+            fetches=choice.n_fetches if choice is not None else 0,
+            computes=choice.n_computes if choice is not None else 0,
+            fetch_s=verdict.fetch_s if verdict is not None else None,
+            compute_s=verdict.compute_s if verdict is not None else None,
+        )
+
+    def tell(self, *, is_last: bool = False) -> None:
+        """Let the node know what the tiers did; at most every half second, unless nothing follows."""
+        now = self._clock()
+        if self._link is None or not (is_last or now - self._told_at >= _TELL_S):
+            return
+        if (tally := self.tally) != self._told:
+            self._link.tell(tally)
+            self._told, self._told_at = tally, now
+
     def _take(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         by_fetch: dict[int, tuple[Fetch, list[bytes]]] = {}
         for key in keys:
@@ -132,7 +187,9 @@ class MeshStore:
                 except DecodeError as error:
                     _log.warning("features of a peer are no features (%s); computing them", error)
                     continue
-                come[key] = Entry(encoded, encoded.n * self._token_s())
+                row_s = self._choice.compute_s(1, self._n_layers) if self._choice is not None else 0.0
+                come[key] = Entry(encoded, encoded.n * row_s)
+                self.mesh_found.count(come[key])
         self._close(fetch for fetch, _ in by_fetch.values())
         return come
 
@@ -142,3 +199,7 @@ class MeshStore:
         for fetch in fetches:
             if id(fetch) not in used:
                 fetch.close()
+
+
+def _tier(found: Found) -> Tier:
+    return Tier(hits=found.hits, n_bytes=found.n_bytes, saved_s=found.saved_s)

@@ -22,7 +22,7 @@ from node.compute.features.disk import PackDirectory
 from node.compute.features.entry import Encoded
 from node.compute.features.gdsf import Gdsf
 
-__all__ = ["Catalogue", "Entry", "FeatureStore", "LocalStore"]
+__all__ = ["Catalogue", "Entry", "FeatureStore", "Found", "LocalStore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,20 @@ class Entry:
 
     encoded: Encoded
     recompute_s: float
+
+
+@dataclass(slots=True)
+class Found:
+    """Blocks that one tier had, their bytes, and the seconds of computing that this spared."""
+
+    hits: int = 0
+    n_bytes: int = 0
+    saved_s: float = 0.0
+
+    def count(self, entry: Entry) -> None:
+        self.hits += 1
+        self.n_bytes += entry.encoded.n_bytes
+        self.saved_s += entry.recompute_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,7 @@ class LocalStore:
         self._pins: Counter[bytes] = Counter()
         self._memory: dict[bytes, Entry] = {}
         self._memory_order: Gdsf[bytes] = Gdsf()
+        self.memory_found, self.disk_found = Found(), Found()
         self._disk = (
             PackDirectory(directory, disk_bytes, self._pins, clock) if directory and disk_bytes else None
         )
@@ -88,11 +103,13 @@ class LocalStore:
             if key in self._memory:
                 found[key] = self._memory[key]
                 self._memory_order.use(key)
+                self.memory_found.count(found[key])
             else:
                 missing.append(key)
         if missing and self._disk is not None:
             for key, payload, recompute_s in self._disk.get(missing):
                 found[key] = entry = Entry(payload, recompute_s)
+                self.disk_found.count(entry)
                 self._remember(key, entry)
         return [found.get(key) for key in keys]
 
@@ -106,6 +123,11 @@ class LocalStore:
         for key, entry in entries.items():
             self._remember(key, entry)
 
+    def look(self) -> None:
+        """Learn of what other processes have put on disk. Cheap if asked often."""
+        if self._disk is not None:
+            self._disk.look()
+
     def has(self, key: bytes) -> bool:
         """Whether ``get`` would most likely find it; nothing is read."""
         return key in self._memory or (self._disk is not None and key in self._disk.places)
@@ -118,6 +140,10 @@ class LocalStore:
             keys.update(self._disk.places)
             disk_bytes = self._disk.n_bytes
         return Catalogue(frozenset(keys), self._memory_order.n_bytes, disk_bytes)
+
+    @property
+    def has_pins(self) -> bool:
+        return bool(self._pins)
 
     @contextmanager
     def pinned(self, keys: Iterable[bytes]) -> Iterator[None]:

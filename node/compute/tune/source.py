@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from node.compute.backbone.contract import Backbone
+from node.compute.features.choice import FetchOrCompute
 from node.compute.features.codec import choose_codec
 from node.compute.features.key import space_for
 from node.compute.features.maps import FeatureMaps
@@ -34,6 +35,10 @@ class FeatureSource:
     numerics: Numerics
     precision: str
     store_bytes: int
+    choice: FetchOrCompute | None = None
+    """What learns whether to fetch or to compute; one for all cuts."""
+    width: int | None = None
+    """Of a row, where there is no backbone to say it."""
 
     def __call__(
         self, cut: int, *, error: float = 0.0, n_bytes: int = 0, codec: str | None = None
@@ -57,4 +62,12 @@ class FeatureSource:
             codec=chosen,
         )
         bound = None if chosen == "raw" else error
-        return FeatureMaps(self.backbone, space, self.store, numerics=self.numerics, error_bound=bound)
+        return FeatureMaps(
+            self.backbone,
+            space,
+            self.store,
+            numerics=self.numerics,
+            error_bound=bound,
+            choice=self.choice,
+            width=self.width,
+        )
