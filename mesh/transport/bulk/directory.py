@@ -33,7 +33,7 @@ from mesh.transport.bulk.blobs import (
 )
 from mesh.units import MIB, bytes_text
 
-__all__ = ["DirectoryStore"]
+__all__ = ["DirectoryStore", "FileSink"]
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mesh.transport.bulk.blobs import BlobRef, Holder
 from mesh.transport.bulk.exchange import Exchanges, Missed
-from mesh.transport.bulk.ranges import Fault, Flight, Gathering
+from mesh.transport.bulk.ranges import Fault, Flight, Gathering, Spans
 from mesh.transport.bulk.store import BlobSink
 from mesh.transport.bulk.waits import Waits
 from mesh.units import MIB
@@ -36,6 +36,7 @@ class Gatherer:
         sink: BlobSink,
         say: Callable[[Holder, str, str], None],
         range_bytes: int = GATHER_RANGE_BYTES,
+        had: Spans | None = None,
     ) -> None:
         self._exchanges = exchanges
         self._waits = waits
@@ -43,7 +44,7 @@ class Gatherer:
         self._holders = {holder.node: holder for holder in holders}
         self._sink = sink
         self._say = say
-        self._gathering = Gathering(blob.size, self._holders, range_bytes)
+        self._gathering = Gathering(blob.size, self._holders, range_bytes, had)
         self._asking: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._room = asyncio.Semaphore(FLIGHTS_MAX)

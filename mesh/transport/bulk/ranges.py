@@ -109,12 +109,15 @@ class Flight:
 class Gathering:
     """One blob of ``size`` bytes, from ``holders``, at most ``range_bytes`` in one request."""
 
-    def __init__(self, size: int, holders: Iterable[NodeId], range_bytes: int) -> None:
+    def __init__(
+        self, size: int, holders: Iterable[NodeId], range_bytes: int, had: Spans | None = None
+    ) -> None:
+        """``had``: what an earlier gathering brought; it grows."""
         assert size >= 0 and range_bytes > 0
         self._size = size
         self._range_bytes = range_bytes
-        self._had = Spans()
-        self._missing = Spans([(0, size)])
+        self._had = had if had is not None else Spans()
+        self._missing = Spans(self._had.gaps(0, size))
         self._flights: list[Flight] = []
         self._strikes = dict.fromkeys(holders, 0)
         self._out: set[NodeId] = set()
