@@ -37,6 +37,7 @@ from node.compute.engine import Engine, Event
 from node.compute.messages import (
     Adapters,
     Ended,
+    FeaturesGiven,
     Load,
     LoadFailed,
     Loading,
@@ -182,6 +183,8 @@ def _serve(
                     engine.pause(message)
                 case Resume():
                     engine.resume(message)
+                case FeaturesGiven():
+                    events += engine.give(message)
         if not pace.rest_s:
             events, held = [*events, *held], []
             if engine.due_s == 0:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mesh.messages import Submit
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Pause, Resume, Run, Stop, Text
+from node.compute.messages import Ended, FeaturesGiven, Pause, Resume, Run, Stop, Text
 from node.compute.models import echo_rate
 
 __all__ = ["EchoEngine"]
@@ -24,6 +24,7 @@ CONTEXT_WORDS = 4096
 SLOTS = 4
 
 _WITHOUT_WEIGHTS = {"score": "score with", "classify": "classify with", "embed": "embed with", "tune": "tune"}
+_WITHOUT_WEIGHTS["features"] = "make feature maps with"
 
 _WORD = re.compile(r"\s*\S+\s*")
 
@@ -103,6 +104,9 @@ class EchoEngine:
         if key in self._paused:
             attempt = self._running[key] = self._paused.pop(key)
             attempt.due_at = self._clock() + self._interval_s
+
+    def give(self, given: FeaturesGiven) -> list[Event]:
+        return []
 
     def step(self) -> list[Event]:
         events: list[Event] = []

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from coordinator.cluster import serves
-from node.compute.messages import Ended, Pause, Progress, Resume, Run, Stop, Text
+from node.compute.messages import Ended, FeaturesGiven, NeedFeatures, Pause, Progress, Resume, Run, Stop, Text
 
 __all__ = ["Engine", "Event", "refusal", "refused"]
 
-Event = Text | Progress | Ended
+Event = Text | Progress | NeedFeatures | Ended
 
 
 class Engine(Protocol):
@@ -55,6 +55,9 @@ class Engine(Protocol):
 
     def resume(self, resume: Resume) -> None:
         """Let it go on where it stood."""
+
+    def give(self, given: FeaturesGiven) -> list[Event]:
+        """What an attempt waits for is there, or will not be. One that waits for nothing is left alone."""
 
     def step(self) -> list[Event]:
         """Do a little of everything that runs."""

@@ -4,6 +4,7 @@
     node ──Run──▶ child ──Text*──▶ or ──Progress*──▶ then ──Ended──▶ node
     node ──Stop──▶ child                             its ``Ended`` follows, between two steps
     node ──Pause──▶ child, later ──Resume──▶         between two steps; it keeps what it has and takes no slot
+    child ──NeedFeatures──▶ node, later ──FeaturesGiven──▶   feature maps it cannot compute itself
     child ──Adapters──▶ node                         whenever the adapters it can serve have changed
     child ──Rates──▶ node                            once it has measured itself, if Ready brought a guess
 
@@ -17,7 +18,7 @@ from typing import BinaryIO, Literal
 
 from mesh.errors import DecodeError
 from mesh.ids import TaskId
-from mesh.messages import NodeRates, Output, Submit, TaskProgress
+from mesh.messages import FeaturesHeld, FeaturesSpec, NodeRates, Output, Submit, TaskProgress
 from mesh.wire import FRAME_BYTES_MAX, Codec
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "LENGTH_BYTES",
     "Adapters",
     "Ended",
+    "FeaturesGiven",
+    "Hold",
     "Load",
     "LoadFailed",
     "Loading",
+    "NeedFeatures",
     "Pause",
     "Precision",
     "Progress",
@@ -45,6 +49,7 @@ __all__ = [
 LENGTH_BYTES = 4
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Hold = Literal["auto", "all", "top"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,9 @@ class Load:
     feature_disk_bytes: int = 4_000_000_000
     slowdown: float = 1.0
     """Play a device so many times slower."""
+    hold: Hold = "auto"
+    """``top``: never load more than the ``top_layers`` highest layers; ``auto``: only if all find no room."""
+    top_layers: int = 4
     link_fd: int | None = None
     """Descriptor of this process's end of the link to the mesh, see ``node.compute.features.link``."""
 
@@ -132,6 +140,10 @@ class Ready:
     """How fast it works, measured at an earlier start or guessed; slowed as asked."""
     can_pause: bool = False
     """Whether it obeys ``Pause``."""
+    top_layers: int | None = None
+    """It holds so many layers at the top; ``None``: all of them."""
+    holds_reason: str = ""
+    """Why not all, for people."""
     features_profile: str | None = None
     """Precision and numerics of the feature maps it computes; ``None``: it computes none."""
 
@@ -166,6 +178,28 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NeedFeatures:
+    """The attempt goes on once the mesh has these feature maps; ``FeaturesGiven`` says so, or why not."""
+
+    task: TaskId
+    attempt: int
+    round: int
+    """Counts what the attempt has asked for, from 0."""
+    spec: FeaturesSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturesGiven:
+    """``made``: how to ask the mesh for them; ``None``: nobody can make them, and ``reason`` says why."""
+
+    task: TaskId
+    attempt: int
+    round: int
+    made: FeaturesHeld | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     task: TaskId
     attempt: int
@@ -191,7 +225,10 @@ class Ended:
 
 
 CODEC = Codec(
-    [Load, Run, Stop, Pause, Resume, Loading, Ready, LoadFailed, Adapters, Rates, Text, Progress, Ended]
+    [
+        *(Load, Run, Stop, Pause, Resume, FeaturesGiven, Loading, Ready, LoadFailed, Adapters, Rates),
+        *(Text, Progress, NeedFeatures, Ended),
+    ]
 )
 
 

@@ -23,13 +23,15 @@ from node.compute.backbone.contract import Backbone, Segment
 from node.compute.backbone.deltas import Adapter
 from node.compute.backbone.llama import LlamaBackbone
 from node.compute.engine import Event, refusal, refused
-from node.compute.messages import Ended, Pause, Resume, Run, Stop
+from node.compute.messages import Ended, FeaturesGiven, Pause, Resume, Run, Stop
 from node.compute.serve.answers import Answer
+from node.compute.serve.lines import LongWork
 from node.compute.serve.prefixes import PREFIX_BYTES, Prefixes, kept_rows
 from node.compute.serve.sequences import Sequence
+from node.compute.serve.shared_prefixes import LateError, SharedPrefixes
 from node.compute.serve.texts import Texts
 from node.compute.serve.tokens import Tokens
-from node.compute.serve.tuning import MakeJob, Tuning
+from node.compute.serve.tuning import Begin, MakeJob
 from node.compute.threads import ThreadChoice
 
 __all__ = ["PROMPT_PIECE_TOKENS", "ModelEngine", "Tokens"]
@@ -64,8 +66,10 @@ class ModelEngine:
     """See ``node.compute.engine.Engine``. ``names`` are all names this model answers to, its own first.
 
     ``shelf``: the adapters, ``None`` for a model that is served without (``why_plain`` says why).
-    ``make_job``: starts a tuning task, ``None`` where none can run. ``prefix_bytes``: memory for what was
-    read and may come again; 0 = none.
+    ``make_job``: starts a tuning task, ``None`` where none can run; ``make_features`` one that only makes
+    feature maps. ``prefix_bytes``: memory for what was
+    read and may come again; 0 = none. ``share``: makes what fetches prefixes from other nodes and publishes
+    ours; ``None``: neither is done.
     """
 
     slots = SLOTS
@@ -80,8 +84,10 @@ class ModelEngine:
         *,
         shelf: Shelf | None = None,
         make_job: MakeJob | None = None,
+        make_features: Begin | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         why_plain: str = "",
+        share: Callable[[Prefixes], SharedPrefixes] | None = None,
     ) -> None:
         self.model = names[0]
         self.names = tuple(names)
@@ -93,15 +99,17 @@ class ModelEngine:
         self._clock = clock
         self._shelf = shelf
         self._why_plain = why_plain or f"{self.model!r} is served without adapters here; ask another node"
-        self._tuning = Tuning(make_job, clock) if make_job is not None else None
+        self._long = LongWork(make_job, make_features, clock)
         self._tuned_at = float("-inf")
         self._was_tuning = False
         self._attempts: dict[tuple[str, int], Answer | Texts] = {}
         # Out of sight: no part in a step, no slot. The worker core pauses one at a time, which bounds memory.
         self._paused: dict[tuple[str, int], Answer] = {}
         self.prefixes: Prefixes | None = None
+        self.shared: SharedPrefixes | None = None
         if isinstance(backbone, LlamaBackbone):
             self.prefixes = Prefixes(backbone, prefix_bytes)
+            self.shared = share(self.prefixes) if share is not None else None
             self._expect_cuts()
 
     @property
@@ -114,11 +122,11 @@ class ModelEngine:
 
     @property
     def due_s(self) -> float | None:
-        return 0.0 if self._n_running else None
+        return 0.0 if self._n_running or (self.shared is not None and self.shared.has_work) else None
 
     @property
     def _n_running(self) -> int:
-        return len(self._attempts) + (len(self._tuning) if self._tuning is not None else 0)
+        return len(self._attempts) + len(self._long)
 
     def adapters(self) -> tuple[str, ...]:
         """Look at the shelf again, and name what is there."""
@@ -140,10 +148,10 @@ class ModelEngine:
         refuse = refusal(run, self.names, self._n_running >= self.slots, names)
         if refuse is not None:
             return [refuse]
-        if submit.kind == "tune":
-            if self._tuning is None:
+        if submit.kind in ("tune", "features"):
+            if not self._long.takes(submit.kind):
                 return [refused(run, f"nothing can be tuned here: {self._why_plain}")]
-            return self._tuning.start(run)
+            return self._long.start(run)
         adapter: Adapter | None = None
         if submit.adapter is not None:
             assert self._shelf is not None
@@ -185,7 +193,7 @@ class ModelEngine:
         for sequence in attempt.sequences:
             # Others that begin alike wait for who is reading. It reads again later, from what was kept.
             if sequence.is_open and sequence.is_reading:
-                sequence.close(self.prefixes)
+                self._close(sequence)
         self._paused[key] = attempt
         del self._attempts[key]
 
@@ -199,12 +207,17 @@ class ModelEngine:
         attempt = self._attempts.get((stop.task, stop.attempt))
         if attempt is not None:
             return self._ended(attempt, attempt.cancel(stop.reason))
-        return self._tuning.stop(stop) if self._tuning is not None else []
+        return self._long.stop(stop)
+
+    def give(self, given: FeaturesGiven) -> list[Event]:
+        return []  # it makes what it needs
 
     def _ended(self, attempt: Answer | Texts, events: list[Event]) -> list[Event]:
         for sequence in attempt.sequences:
             if sequence.is_open:
-                sequence.close(self.prefixes)
+                self._close(sequence)
+            if self.shared is not None:
+                self.shared.forget(sequence)
         del self._attempts[attempt.run.task, attempt.run.attempt]
         self._unpin(attempt.adapter)
         return events
@@ -216,13 +229,15 @@ class ModelEngine:
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[Event]:
-        if self._tuning is not None and len(self._tuning) and self._is_tunings_turn():
+        if self._long.is_due(is_alone=not self._attempts) and self._is_tunings_turn():
             self._was_tuning = True
             return self._tune()
         self._was_tuning = False
+        if self.shared is not None:
+            self._share(self.shared)
         picks = list(self._picks())
         if not picks:
-            return []
+            return self._idle()
         segments = [pick.segment for pick in picks]
         is_writing = all(len(segment.ids) == 1 for segment in segments)
         choice = self._writing_threads if is_writing else self._reading_threads
@@ -231,13 +246,27 @@ class ModelEngine:
         before, used_before = time.perf_counter(), time.process_time()
         readings = [pick.sequence.reading for pick in picks]
         cuts = self.prefixes.keep_at(r for r in readings if r is not None) if self.prefixes else ()
-        found = self._backbone.forward(segments, keep_at=cuts)
+        gate = self.shared.gate(pick.sequence for pick in picks) if self.shared is not None else None
+        try:
+            found = (
+                self._backbone.forward(segments, keep_at=cuts)
+                if gate is None
+                else self._backbone.forward(segments, keep_at=cuts, before_layer=gate)
+            )
+        except LateError:
+            for pick in picks:
+                if pick.sequence.reading is not None and not pick.sequence.reading.is_whole:
+                    self._close(pick.sequence)  # it opens again, and reads what has not come
+            return []
         n_rows = sum(len(segment.ids) for segment in segments)
         # Not by the engine's clock, which goes slower on a node that plays a slower one.
         took_s = time.perf_counter() - before
         could_s = took_s * choice.threads
         share = (time.process_time() - used_before) / could_s if could_s > 0 else 1.0
-        choice.saw(took_s / (1 if is_writing else n_rows + _ROWS_OF_A_STEP), share)
+        if gate is None:
+            choice.saw(took_s / (1 if is_writing else n_rows + _ROWS_OF_A_STEP), share)
+            if self.shared is not None and n_rows >= PROMPT_PIECE_TOKENS // 2:
+                self.shared.saw_pass(n_rows, took_s)
         if self.prefixes is not None and cuts:
             enters, sizes = [s.enters for s in segments], [len(s.ids) for s in segments]
             for at, pick in enumerate(picks):
@@ -263,12 +292,14 @@ class ModelEngine:
             logits = self._backbone.logits(mine, [pick.segment.adapter for pick, _ in answers])
             for (pick, _), its in zip(answers, logits, strict=True):
                 assert isinstance(pick.attempt, Answer)
+                if self.shared is not None and pick.sequence.n_given == len(pick.sequence.ids):
+                    self.shared.read(pick.sequence, pick.sequence.shared_ids)
                 events += self._said(pick, pick.attempt.take(its))
         for at, pick in enumerate(picks):
             if isinstance(pick.attempt, Texts):
                 said = pick.attempt.take(pick.sequence, rows[ends[at] - pick.segment.n_wanted : ends[at]])
                 if not pick.sequence.n_left:
-                    pick.sequence.close(self.prefixes)
+                    self._close(pick.sequence)
                 events += self._said(pick, said)
         return events
 
@@ -295,6 +326,8 @@ class ModelEngine:
                     return
                 if not sequence.is_open and not self._open(sequence):
                     break
+                if self.shared is not None and not self.shared.may_go_on(sequence, is_alone=self._is_alone):
+                    break
                 segment, n_rows = sequence.segment(n_left, n_layers)
                 n_left -= n_rows
                 yield _Pick(attempt, sequence, segment)
@@ -308,7 +341,40 @@ class ModelEngine:
         )
         if taken and taken + sequence.capacity > _CONTEXTS_OPEN * self.context_tokens:
             return False  # when somebody has ended
-        return sequence.open(self._backbone, self.prefixes)
+        if self.shared is None:
+            return sequence.open(self._backbone, self.prefixes)
+        look = self.shared.look(sequence, is_alone=self._is_alone)
+        if look.waits or not sequence.open(self._backbone, self.prefixes, look.early):
+            return False
+        self.shared.opened(sequence)
+        return True
+
+    # ── prefixes of other nodes ─────────────────────────────────────────────────────────────────────
+
+    @property
+    def _is_alone(self) -> bool:
+        """Nobody waits while a pass waits for states."""
+        return self._n_running == 1 and all(len(a.sequences) == 1 for a in self._attempts.values())
+
+    def _share(self, shared: SharedPrefixes) -> None:
+        shared.step(is_busy=bool(self._attempts))
+        for attempt in self._attempts.values():
+            for sequence in attempt.sequences:
+                if sequence.reading is not None and sequence.reading.is_broken:
+                    self._close(sequence)  # it opens again, and reads what has not come
+
+    def _idle(self) -> list[Event]:
+        """Whoever is here waits for something to come."""
+        if self._long.is_due(is_alone=True):
+            return self._tune()
+        if self.shared is not None and self._attempts:
+            self.shared.wait()
+        return []
+
+    def _close(self, sequence: Sequence) -> None:
+        if self.shared is not None:
+            self.shared.read(sequence, sequence.shared_ids)
+        sequence.close(self.prefixes)
 
     # ── tuning and adapters ─────────────────────────────────────────────────────────────────────────
 
@@ -322,8 +388,7 @@ class ModelEngine:
         return not self._was_tuning
 
     def _tune(self) -> list[Event]:
-        assert self._tuning is not None
-        events = self._tuning.step()
+        events = self._long.step()
         self._tuned_at = self._clock()
         if any(isinstance(event, Ended) and event.output is not None for event in events):
             self.adapters()  # served from now on
@@ -343,4 +408,6 @@ class ModelEngine:
                 continue  # it is refused, with the reason, when it is asked for
             if card is not None:
                 cuts.add(card.first_layer)
+        if self.shared is not None:
+            cuts |= self.shared.levels(cuts)
         self.prefixes.expect(cuts)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from node.compute.engine import Event
-from node.compute.messages import Ended, Progress, Text, frame
+from node.compute.messages import Ended, NeedFeatures, Progress, Text, frame
 
 __all__ = ["Outbox", "fitting"]
 
@@ -39,6 +39,9 @@ class Outbox:
 
     def take(self, event: Event) -> None:
         key = _attempt_of(event)
+        if isinstance(event, NeedFeatures):
+            self._say(event)
+            return
         if isinstance(event, Ended):
             if (held := self._held.pop(key, None)) is not None:
                 self._say(held)

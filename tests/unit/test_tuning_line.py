@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
-from mesh.messages import AdapterCard, Submit, TuneSpec
+from mesh.messages import AdapterCard, FeaturesHeld, Submit, TuneSpec
 from node.compute.messages import Ended, Progress, Run, Stop
-from node.compute.serve.tuning import Tuning
+from node.compute.serve.tuning import Tuning, tunes
 from node.compute.tune.job import Snapshot, TuneEvent
 
 CARD = AdapterCard(name="a", digest="d", method="lora", top_layers=1, first_layer=3, bytes=9, task="classify")
@@ -19,7 +19,7 @@ class Line:
         self.now = 100.0
         self.made: list[tuple[str, float | None]] = []
         self.closed = 0
-        self.tuning = Tuning(self._make, lambda: self.now)
+        self.tuning = Tuning(tunes(self._make), lambda: self.now)
 
     def _make(self, spec: TuneSpec, left_s: float | None) -> _Job:
         if spec.adapter == "bad":
@@ -36,6 +36,7 @@ class _Job:
     def __init__(self, line: Line) -> None:
         self.progress = Snapshot()
         self.result: AdapterCard | None = None
+        self.held: FeaturesHeld | None = None
         self._line = line
         self._n = 0
 

@@ -1,4 +1,4 @@
-"""Tuning tasks among the others: one at a time, a chunk between two steps; the next ones wait in line."""
+"""Long jobs among the others, tuning or feature maps: one of a line at a time, a chunk between two steps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 from mesh.errors import ConfigError
-from mesh.messages import AdapterCard, Output, TaskProgress, TuneSpec
+from mesh.messages import AdapterCard, FeaturesHeld, Output, TaskProgress, TuneSpec
 from node.compute.engine import Event, refused
+from node.compute.features.maps import MissingFeaturesError
 from node.compute.messages import Ended, Progress, Run, Stop
 from node.compute.tune.job import Snapshot, TuneEvent
 
-__all__ = ["Job", "MakeJob", "Tuning"]
+__all__ = ["Begin", "Job", "MakeJob", "Tuning", "tunes"]
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ class Job(Protocol):
 
     progress: Snapshot
     result: AdapterCard | None
+    """What was trained."""
+    held: FeaturesHeld | None
+    """What it read, or made."""
 
     def step(self) -> TuneEvent: ...
     def close(self) -> None: ...
@@ -31,13 +35,34 @@ class Job(Protocol):
 MakeJob = Callable[[TuneSpec, float | None], Job]
 """What to train, and the seconds left for it, ``None`` = no hurry."""
 
+Begin = Callable[[Run, float | None], Job]
+"""The same from the whole order."""
+
+
+def tunes(make: MakeJob) -> Begin:
+    def begin(run: Run, left_s: float | None) -> Job:
+        assert run.submit.tune is not None, "the submission has been checked"
+        return make(run.submit.tune, left_s)
+
+    return begin
+
 
 class Tuning:
-    """Two jobs at once would take twice the time and memory each; in line, the first is done sooner."""
+    """Two jobs at once would take twice the time and memory each; in line, the first is done sooner.
 
-    def __init__(self, make: MakeJob, clock: Callable[[], float]) -> None:
-        self._make = make
+    ``on_missing``: told of a job that needs feature maps which this node can neither find nor make, and when
+    it came into the line; says what becomes of it. ``None``: it fails.
+    """
+
+    def __init__(
+        self,
+        begin: Begin,
+        clock: Callable[[], float],
+        on_missing: Callable[[Run, float, str], list[Event]] | None = None,
+    ) -> None:
+        self._begin = begin
         self._clock = clock
+        self._on_missing = on_missing
         self._line: dict[tuple[str, int], tuple[Run, float]] = {}  # bounded by the engine's slots
         self._job: Job | None = None
         self._seq = 0
@@ -67,15 +92,19 @@ class Tuning:
     def step(self) -> list[Event]:
         """One chunk of the first job. An ``Ended`` with an output says that there is a new adapter."""
         key, (run, started_at) = next(iter(self._line.items()))
-        spec = run.submit.tune
-        assert spec is not None, "the submission has been checked"
         try:
             if self._job is None:
                 waited_s = self._clock() - started_at
                 left_s = None if run.budget_s is None else max(0.0, run.budget_s - waited_s)
-                self._job = self._make(spec, left_s)
+                self._job = self._begin(run, left_s)
             event = self._job.step()
             events: list[Event] = [self._progress(run, event.progress)]
+        except MissingFeaturesError as error:
+            del self._line[key]
+            self._close()
+            if self._on_missing is None:
+                return [self._ended(run, started_at, "failed", str(error))]
+            return self._on_missing(run, started_at, str(error))
         except ConfigError as error:
             del self._line[key]
             self._close()
@@ -89,11 +118,11 @@ class Tuning:
         if event.text:
             log.info("tuning task=%s %s", run.task, event.text)
         if event.is_done:
-            card = self._job.result
-            assert card is not None
+            output = Output(adapter=self._job.result, features=self._job.held)
+            assert output != Output(), "a job that is done has made something"
             del self._line[key]
             self._close()
-            events.append(self._ended(run, started_at, "done", None, card))
+            events.append(self._ended(run, started_at, "done", None, output))
         return events
 
     def _close(self) -> None:
@@ -114,20 +143,26 @@ class Tuning:
         started_at: float,
         state: Literal["done", "cancelled", "failed"],
         reason: str | None,
-        card: AdapterCard | None = None,
+        output: Output | None = None,
     ) -> Ended:
         return Ended(
             task=run.task,
             attempt=run.attempt,
             state=state,
-            text=_said(card) if card is not None else "",
+            text=_said(output) if output is not None else "",
             reason=reason,
             service_s=self._clock() - started_at,
-            output=Output(adapter=card) if card is not None else None,
+            output=output,
         )
 
 
-def _said(card: AdapterCard) -> str:
+def _said(output: Output) -> str:
+    card, held = output.adapter, output.features
+    if card is None:
+        assert held is not None
+        n_new = held.n_computed
+        made = f"feature maps of {held.n_tokens} tokens below the top {held.top_layers} layers"
+        return f"{made}, {n_new} of them new"
     measure = "accuracy" if card.task == "classify" else "loss"
     metric = "" if card.metric is None else f", {measure} {card.metric:.4g} on the evaluation records"
     return f"adapter {card.name}: {card.method} on the top {card.top_layers} layers{metric}"

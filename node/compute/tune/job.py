@@ -22,17 +22,18 @@ from torch import Tensor
 
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
-from mesh.messages import AdapterCard, TaskProgress, TuneSpec
+from mesh.messages import AdapterCard, FeaturesHeld, TaskProgress, TuneSpec
 from node.compute.adapters.card import Card, digest_of, read_card, write_card
 from node.compute.features.maps import FeatureMaps
 from node.compute.tune import auto
 from node.compute.tune.batches import Example, TuneTokens, encoded, rows_per_piece
 from node.compute.tune.checkpoint import Checkpoints
+from node.compute.tune.data import records_of
 from node.compute.tune.head_start import start_classifier
 from node.compute.tune.identity import spec_digest
 from node.compute.tune.methods import adapt, check_method
 from node.compute.tune.recipe import learning_rate
-from node.compute.tune.records import Records, read_file, read_records, same_labels
+from node.compute.tune.records import Records
 from node.compute.tune.source import MapsFactory
 from node.compute.tune.top_model import Kind, check_cut, load_top, read_config, top_bytes, weights_of_row
 from node.compute.tune.trainer import Recipe, Trainer
@@ -171,6 +172,7 @@ class TuneJob:
         self._kind: Kind = "classify" if spec.task == "classify" else "lm"
         self.progress = Snapshot(epochs=spec.epochs)
         self.result: AdapterCard | None = None
+        self.held: FeaturesHeld | None = None
         self._say = ""
         self._hits = self._misses = 0
         self._work = self._whole()
@@ -258,34 +260,10 @@ class TuneJob:
         self._progress_of(trainer, maps, metrics, why, phase="saving", fraction=1.0)
 
     def _records(self) -> tuple[Records, Records | None]:
-        spec = self.spec
-        records = self._read(spec.data, spec.data_sha256, "the data")
-        held_out = None
-        if spec.eval_data is not None or spec.eval_sha256 is not None:
-            held_out = self._read(spec.eval_data, spec.eval_sha256, "the evaluation data")
-        same_labels(records, held_out or records)
-        if held_out is not None and held_out.task == "classify":
-            # A label has one number, whichever file it stands in.
-            held_out.label_of.clear()
-            held_out.label_of.update(records.label_of)
+        records, held_out = records_of(self.spec, self._datasets_dir)
         if records.n_skipped:
             self._tell(f"{records.n_skipped} bad lines left out, such as {records.skipped[0]}")
         return records, held_out
-
-    def _read(self, inline: str | None, sha256: str | None, name: str) -> Records:
-        spec = self.spec
-        if inline is not None:
-            return read_records(inline, spec.task, skip_bad=spec.skip_bad, name=name)
-        assert sha256 is not None, "the spec has checked it"
-        path = self._datasets_dir / f"{sha256}.jsonl" if self._datasets_dir is not None else None
-        if path is None or not path.is_file():
-            raise ConfigError(
-                f"{name} ({sha256[:12]}…) is not on this node; submit where the file is, or send it along"
-            )
-        records = read_file(path, spec.task, skip_bad=spec.skip_bad)
-        if records.sha256 != sha256:
-            raise ConfigError(f"{path} is damaged: its content is not what its name says; copy it again")
-        return records
 
     def _choose(
         self, examples: list[Example], n_labels: int, invocation: Sequence[int]
