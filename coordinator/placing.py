@@ -8,23 +8,26 @@ need no code of their own here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from coordinator.cluster import Cluster, Node
 from coordinator.explanations import Explanations
 from coordinator.ledger import Ledger
+from coordinator.locality import REFRESH_S, Locality
 from coordinator.placement import has_what_it_needs, held_layers
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Decision, Drop, Job, NodeView, Why
 from coordinator.policy.dispatch import DispatchConfig, Dispatcher
 from coordinator.policy.explaining import hopeless_words
+from coordinator.policy.nodes import Share
 from coordinator.policy.policies import Policy
-from coordinator.policy.rates import rates_of
+from coordinator.policy.rates import Rates, rates_of
 from coordinator.policy.work import Needs, Work, needs_of, work_of
 from coordinator.task import Task
+from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
-from mesh.messages import Outcome, Submit
+from mesh.messages import NodeInfo, Outcome, Submit
 
 __all__ = ["Placing"]
 
@@ -41,6 +44,7 @@ class Placing:
         cost: CostModel,
         explanations: Explanations,
         config: DispatchConfig,
+        locality: Locality | None = None,
     ) -> None:
         self._ledger = ledger
         self._cluster = cluster
@@ -49,6 +53,10 @@ class Placing:
         self._explanations = explanations
         self._changed_nodes = cluster.watch()
         self._with_recovered = True
+        self._locality = locality or Locality()
+        self._reading: dict[TaskId, Work] = {}
+        """Waiting tasks of which it is known what features they read."""
+        self._shared_at = -FOREVER
 
     @property
     def wake_at(self) -> float:
@@ -60,6 +68,8 @@ class Placing:
         self._take_in_nodes(now)
         for task_id in self._moved(with_recovered):
             self._take_in(task_id, now)
+        if self._reading and now - self._shared_at >= REFRESH_S:
+            self._share(list(self._reading), now)
         # A task whose deadline has passed is expired in its own turn, and waits no more.
         decisions = self._dispatcher.decide(now)
         return [
@@ -84,7 +94,8 @@ class Placing:
             deadline_at=deadline_at,
             needs=needs_of(submit),
         )
-        certain_s = self._dispatcher.certain_s(job)
+        shares = self._shares(job.work, now) if job.work.n_feature_bytes else None
+        certain_s = self._dispatcher.certain_s(job, shares)
         return hopeless_words(certain_s, deadline_at - now) if now + certain_s > deadline_at else None
 
     def outlook(self, task: TaskId, now: float) -> Why | None:
@@ -96,7 +107,7 @@ class Placing:
     def _take_in_nodes(self, now: float) -> None:
         while self._changed_nodes:
             node = self._cluster.get(self._changed_nodes.popitem()[0])
-            view = _view_of(node)
+            view = _view_of(node, self._locality)
             if view is None:
                 self._dispatcher.drop_node(node.id)
             else:
@@ -118,24 +129,35 @@ class Placing:
     def _take_in(self, task_id: TaskId, now: float) -> None:
         task, dispatcher = self._ledger.get(task_id), self._dispatcher
         if task is None:
+            self._reading.pop(task_id, None)
             dispatcher.withdraw(task_id, now)
             self._explanations.forget(task_id)
         elif not task.is_open:
             self._take_end(task, now)
         elif task.node is not None:
+            self._reading.pop(task_id, None)
             if dispatcher.node_of(task_id) != task.node:
                 dispatcher.running(self._job(task), task.node, now)
         elif self._may_start(task, now):
             waiting = dispatcher.waiting(task_id)
             # What was learned since it came is no news about it: it would count as a newcomer again.
             if waiting is None or not _is_same(waiting, task):
-                dispatcher.withdraw(task_id, now)
-                dispatcher.add(self._job(task), now)
+                self._wait(task, now)
         else:
+            self._reading.pop(task_id, None)
             dispatcher.withdraw(task_id, now)
+
+    def _wait(self, task: Task, now: float) -> None:
+        job = self._job(task)
+        self._dispatcher.withdraw(task.id, now)
+        self._dispatcher.add(job, now)
+        if job.work.n_feature_bytes:
+            self._reading[task.id] = job.work
+            self._share([task.id], now)
 
     def _take_end(self, task: Task, now: float) -> None:
         """The task is over: what its last attempt took is a lesson."""
+        self._reading.pop(task.id, None)
         node, outcome = self._dispatcher.node_of(task.id), task.outcome
         assert outcome is not None, f"task {task.id} is over and has an outcome"
         is_lesson = outcome.state == "done" and outcome.node == node and outcome.service_s > 0
@@ -145,6 +167,39 @@ class Placing:
             if outcome.n_prompt_tokens:
                 n_bytes = task.submit.n_text_bytes
                 self._cost.learn_bytes(n_bytes=n_bytes, n_tokens=outcome.n_prompt_tokens)
+        self._learn_features(task.submit, outcome, now)
+
+    # ── where features are ──────────────────────────────────────────────────────────────────────────
+
+    def _learn_features(self, submit: Submit, outcome: Outcome, now: float) -> None:
+        held = outcome.output.features if outcome.output is not None else None
+        if held is None or submit.tune is None or outcome.state != "done":
+            return
+        node = outcome.node
+        info = self._cluster.get(node).info if node is not None else None
+        if not self._locality.learn(submit.tune, held, node, info.model if info else None, now):
+            return
+        if node is not None and node in self._dispatcher.nodes:
+            self._changed_nodes[node] = None  # its link is known better
+        for task in list(self._ledger.waiting()):
+            is_tuning = task.submit.tune is not None and self._dispatcher.waiting(task.id) is not None
+            if is_tuning and task.id not in self._reading:
+                work = self._work(task.submit)
+                if work.n_feature_bytes:
+                    self._wait(task, now)
+
+    def _share(self, tasks: Iterable[TaskId], now: float) -> None:
+        """Tell the dispatcher who has how much of what these tasks read."""
+        self._shared_at = now
+        for work in {work.reuses: work for task in tasks if (work := self._reading.get(task))}.values():
+            shares = self._shares(work, now)
+            if shares is not None and work.reuses is not None:
+                self._dispatcher.set_shares(work.reuses, shares)
+
+    def _shares(self, work: Work, now: float) -> Mapping[NodeId, Share] | None:
+        nodes = sorted((node for node in self._cluster if node.is_present), key=lambda node: node.id)
+        rated = [(node, _rates_of(node.info, node.id, self._locality)) for node in nodes if node.info]
+        return self._locality.shares(work, rated, now)
 
     def _may_start(self, task: Task, now: float) -> bool:
         return (
@@ -171,9 +226,10 @@ class Placing:
         )
 
     def _work(self, submit: Submit) -> Work:
-        return work_of(
+        work = work_of(
             submit, answer_share=self._cost.answer_share, bytes_per_token=self._cost.bytes_per_token
         )
+        return self._locality.work(submit, work)
 
 
 def _is_same(job: Job, task: Task) -> bool:
@@ -198,14 +254,18 @@ class _Has:
         return has_what_it_needs(self.node, self.model, self.also_called, self.adapters, needs, self.n_layers)
 
 
-def _view_of(node: Node) -> NodeView | None:
+def _rates_of(info: NodeInfo, node: NodeId, locality: Locality) -> Rates:
+    return replace(rates_of(info), fetch_bytes_per_s=locality.fetch_bytes_per_s(node))
+
+
+def _view_of(node: Node, locality: Locality) -> NodeView | None:
     """The node as the dispatcher sees it; ``None`` if it is not here or computes nothing."""
     info = node.info
     if info is None or not node.is_present or node.slots < 1:
         return None
     return NodeView(
         id=node.id,
-        rates=rates_of(info),
+        rates=_rates_of(info, node.id, locality),
         slots=node.slots,
         has=_Has(node.id, info.model, tuple(info.also_called), frozenset(info.adapters), held_layers(info)),
         is_ready=node.may_start,

@@ -34,6 +34,7 @@ from coordinator.cluster import Cluster, Node
 from coordinator.copies import Copies, CopiesConfig
 from coordinator.explanations import Explanations
 from coordinator.intake import Intake
+from coordinator.locality import Claims, Locality, nobody_claims
 from coordinator.placing import Placing
 from coordinator.policy.cost import CostModel, PredictionError
 from coordinator.policy.decisions import Why
@@ -112,7 +113,9 @@ class Scheduler:
         rng: Random,
         config: SchedulerConfig | None = None,
         policy: Policy = POLICIES[DEFAULT_POLICY],
+        claims: Claims = nobody_claims,
     ) -> None:
+        """``claims``: which node says that it has a block of feature maps."""
         self._me = me
         self._fence = fence
         self._store = store
@@ -120,6 +123,7 @@ class Scheduler:
         self._config = config or SchedulerConfig()
         self._policy = policy
         self._cost = CostModel()
+        self._locality = Locality(claims)
         self.explanations = Explanations()
         """Why tasks were placed as they were; empty while following."""
         self._cluster = Cluster(me)
@@ -246,6 +250,7 @@ class Scheduler:
             cost=self._cost,
             explanations=self.explanations,
             config=config.dispatch,
+            locality=self._locality,
         )
         self._attempts = Attempts(
             term=self._term,

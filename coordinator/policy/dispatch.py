@@ -88,9 +88,14 @@ class Dispatcher:
         """Where the task runs; ``None`` if it does not."""
         return self._books.runs_on.get(task)
 
-    def certain_s(self, job: Job) -> float:
-        """What the best node needs for a job that is not here, as far as it is certain."""
+    def certain_s(self, job: Job, shares: Mapping[NodeId, Share] | None = None) -> float:
+        """What the best node needs for a job that is not here, as far as it is certain.
+
+        ``shares``: as in ``set_shares``, of what it reuses.
+        """
         row = self._books.enter(job)
+        if shares is not None and job.work.reuses is not None:
+            self.set_shares(job.work.reuses, shares)
         _, certain_s = fastest_s(self._books.jobs, self._books.nodes, row)
         self._books.leave(job.task)
         return certain_s

@@ -197,7 +197,7 @@ def test_the_largest_record_of_each_kind_fits_one_frame_and_its_result_one_json_
         task="classify", labels=["😀" * (LABEL_BYTES_MAX // LABELS_MAX // 4)] * LABELS_MAX, metric=0.1,
     )  # fmt: skip
     held = FeaturesHeld(
-        top_layers=4, profile="x" * 256, n_tokens=10**9, n_bytes=10**12, sample_keys=["f" * 64] * 32
+        top_layers=4, profile="x" * 512, n_tokens=10**9, n_bytes=10**12, sample_keys=["f" * 64] * 32
     )
     data = "x" * INLINE_DATA_BYTES_MAX
     numbers = [[-1.2345678901234567e-100] * (NUMBERS_MAX // TEXTS_MAX)] * TEXTS_MAX
