@@ -58,6 +58,7 @@ class Peers:
         self._seeds = tuple(seeds)
         self._learn = learn
         self._proven: dict[NodeId, _Place] = {}
+        self._address: dict[NodeId, str] = {}  # which of a proven node's answered last
         self._rumoured: dict[NodeId, _Place] = {}  # the newest of each; the oldest make room
         self._asking: set[NodeId] = set()
         # Bounded by _asking, each node once. Known nodes first, then rumours in the order of asking.
@@ -70,6 +71,11 @@ class Peers:
         """Up to 256 peers for ``PeerHello.peers``: what a newcomer with one seed needs to find the rest."""
         places = sorted(self._proven.items())[:256]
         return {node: _host_port(place.addresses[0], place.port) for node, place in places}
+
+    def place(self, node: NodeId) -> tuple[str, int] | None:
+        """The address and port where it has answered for itself."""
+        place = self._proven.get(node)
+        return None if place is None else (self._address.get(node, place.addresses[0]), place.port)
 
     def sighted(self, node: NodeId, addresses: Iterable[str], port: int) -> None:
         """Somebody says ``node`` may be at one of these addresses: ask there."""
@@ -139,6 +145,8 @@ class Peers:
             raise
         self._rumoured.pop(node, None)
         self._prove(node, place)
+        if node in self._proven:
+            self._address[node] = address
         self._heard(hello, address)
         return True
 

@@ -20,6 +20,7 @@ from mesh.units import MIB
 __all__ = [
     "BATCH_BYTES_MAX",
     "BLOCK_BYTES_MAX",
+    "CATALOGUE_BYTES_MAX",
     "DIGEST_BYTES",
     "KEYS_MAX",
     "KEY_BYTES",
@@ -50,6 +51,8 @@ RANGE_BYTES_MAX = 16 * MIB
 PIECE_BYTES = 1 * MIB
 """Read, encrypted and sent in one go. Smaller costs up to twice the processor time (ADR 0018)."""
 BLOB_BYTES_MAX = 1 << 40
+CATALOGUE_BYTES_MAX = MIB // 2
+"""256 KiB of bits, written as text."""
 
 VIEW_HEADER = "Edgemesh-View"
 """In every request and every answer: the newest ring view its sender knows."""

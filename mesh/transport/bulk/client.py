@@ -4,6 +4,7 @@
     read_blocks     some blocks, from the owner; when it is late or lacks some, from the replica
     read_in_order   many blocks, batch after batch, the next ones under way while one is used
     put_blocks      blocks to one peer, which may refuse
+    catalogue       what one peer says it holds
 
 Each miss is a line in the log that names the holder and the reason, at most one per holder every few seconds.
 """
@@ -34,12 +35,15 @@ from mesh.transport.bulk.blobs import (
 )
 from mesh.transport.bulk.exchange import Exchanges, Missed
 from mesh.transport.bulk.gather import GATHER_RANGE_BYTES, Gatherer
-from mesh.transport.bulk.ranges import Fault
+from mesh.transport.bulk.ranges import Fault, Spans
 from mesh.transport.bulk.store import BlobSink
 from mesh.transport.bulk.waits import Waits
 from mesh.units import MIB
 
-__all__ = ["BulkClient", "PutRefusal"]
+__all__ = ["Answered", "BulkClient", "PutRefusal"]
+
+Answered = Callable[[NodeId, int, Sequence[bytes]], None]
+"""Hears of each holder's answer how many of the keys it had, and which it lacked (or was wrong about)."""
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ READ_BYTES = 1 * MIB
 """Of one batch, unless the caller knows better."""
 READ_WITHIN_S = 3.0
 PUT_WITHIN_S = 30.0
+CATALOGUE_WITHIN_S = 10.0
 _SAY_EVERY_S = 5.0
 _SAID_MAX = 256
 
@@ -96,28 +101,38 @@ class BulkClient:
         *,
         within_s: float | None = None,
         range_bytes: int = GATHER_RANGE_BYTES,
+        had: Spans | None = None,
     ) -> bool:
         """Whether ``sink`` now has the whole blob, its digest checked.
+
+        ``had`` is what the sink has of it from an earlier, broken fetch; it grows, so that the next may go on.
 
         Cost: the size of the blob once; when its digest was wrong, once more per holder at most.
         """
         holders = list(dict.fromkeys(holders))[:HOLDERS_MAX]
         try:
             async with asyncio.timeout(within_s):
-                return await self._fetch(blob, holders, sink, range_bytes)
+                return await self._fetch(blob, holders, sink, range_bytes, had)
         except TimeoutError:
             log.warning("bulk_miss blob=%s why=not whole within %g s", blob, within_s)
             return False
 
     async def _fetch(
-        self, blob: BlobRef, holders: Sequence[Holder], sink: BlobSink, range_bytes: int
+        self,
+        blob: BlobRef,
+        holders: Sequence[Holder],
+        sink: BlobSink,
+        range_bytes: int,
+        had: Spans | None,
     ) -> bool:
-        together = self._gatherer(blob, holders, sink, range_bytes)
+        together = self._gatherer(blob, holders, sink, range_bytes, had)
         if not await together.run():
             log.warning("bulk_miss blob=%s why=%s", blob, "no room" if together.is_full else "no holder")
             return False
         if await sink.is_right():
             return True
+        if had is not None:
+            had.remove(0, blob.size)
         # One of those who brought bytes lied, and only a whole blob from one alone tells who.
         suspects = together.sources
         if len(suspects) == 1:
@@ -133,9 +148,14 @@ class BulkClient:
         return False
 
     def _gatherer(
-        self, blob: BlobRef, holders: Sequence[Holder], sink: BlobSink, range_bytes: int
+        self,
+        blob: BlobRef,
+        holders: Sequence[Holder],
+        sink: BlobSink,
+        range_bytes: int,
+        had: Spans | None = None,
     ) -> Gatherer:
-        return Gatherer(self._exchanges, self.waits, blob, holders, sink, self._say, range_bytes)
+        return Gatherer(self._exchanges, self.waits, blob, holders, sink, self._say, range_bytes, had)
 
     # ── blocks ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,6 +167,7 @@ class BulkClient:
         within_s: float = READ_WITHIN_S,
         bytes_max: int = READ_BYTES,
         expect: Mapping[bytes, bytes] | None = None,
+        answered: Answered = lambda node, n_found, missing: None,
     ) -> dict[bytes, Block]:
         """The blocks that came in time; each key that is not in the result is a miss.
 
@@ -168,7 +189,7 @@ class BulkClient:
                 if now >= until:
                     break
                 if should_ask and left:
-                    ask = _Ask(self._exchanges, left.popleft(), self.waits, self._clock)
+                    ask = _Ask(self._exchanges, left.popleft(), self.waits, self._clock, answered)
                     rest = [key for key in wanted if key not in found]
                     task = asyncio.create_task(ask.run(rest, bytes_max, found, expect), name="bulk.blocks")
                     asks[task] = ask
@@ -245,6 +266,17 @@ class BulkClient:
             self._say(holder, "put", f"not done within {within_s:g} s")
             return PutRefusal(f"not done within {within_s:g} s", None)
 
+    async def catalogue(self, holder: Holder, *, within_s: float = CATALOGUE_WITHIN_S) -> bytes | None:
+        """As the holder says it: the reader decodes it, and believes it or not."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._exchanges.get_catalogue(holder)
+        except Missed as missed:
+            self._say(holder, "catalogue", str(missed))
+        except TimeoutError:
+            self._say(holder, "catalogue", f"not whole within {within_s:g} s")
+        return None
+
     def _say(self, holder: Holder, what: str, why: str) -> None:
         now = self._clock()
         is_due = now - self._said_at.get(holder.node, float("-inf")) >= _SAY_EVERY_S
@@ -261,9 +293,15 @@ class _Ask:
     """One holder, asked for some blocks until it has said of each whether it has it."""
 
     def __init__(
-        self, exchanges: Exchanges, holder: Holder, waits: Waits, clock: Callable[[], float]
+        self,
+        exchanges: Exchanges,
+        holder: Holder,
+        waits: Waits,
+        clock: Callable[[], float],
+        answered: Answered,
     ) -> None:
         self._exchanges = exchanges
+        self._answered = answered
         self.holder = holder
         self._waits = waits
         self._clock = clock
@@ -288,12 +326,14 @@ class _Ask:
     ) -> None:
         """Puts what it brings into ``found``."""
         wanted = list(keys)
+        part: list[bytes] = []
         try:
             while wanted:
                 part = wanted[:KEYS_MAX]
                 self._asked_at, self._begun_at = self._clock(), None
                 batch = await self._exchanges.get_blocks(self.holder, part, bytes_max, self._begin)
                 self._end(batch.n_bytes)
+                self._answered(self.holder.node, len(batch.found), [k for k in part if k in batch.missing])
                 for key, block in batch.found.items():
                     if expect is None or expect.get(key, block.digest) == block.digest:
                         found.setdefault(key, block)
@@ -306,6 +346,8 @@ class _Ask:
                     bytes_max = min(max(2 * bytes_max, *batch.left.values()), BLOCK_BYTES_MAX)
         except Missed as missed:
             self.missed = missed
+            if missed.fault is Fault.LIED:
+                self._answered(self.holder.node, 0, part)
 
     def give_up(self) -> None:
         """What was waited in vain counts, or a mesh where everything is slow would always ask twice."""

@@ -16,6 +16,7 @@ from mesh.errors import DecodeError, UnreachableError
 from mesh.ids import NodeId
 from mesh.transport.bulk.answers import Answer, Room
 from mesh.transport.bulk.blobs import (
+    CATALOGUE_BYTES_MAX,
     KEYS_MAX,
     VIEW_HEADER,
     BlobRef,
@@ -171,6 +172,24 @@ class Exchanges:
             return decode_verdicts(verdicts, len(blocks))
         except DecodeError as error:
             raise Missed(Fault.LIED, str(error)) from error
+
+    async def get_catalogue(self, holder: Holder) -> bytes:
+        """What the holder says it has, as it says it.
+
+        Raises:
+            Missed: It did not come.
+        """
+        content = bytearray()
+
+        def room(answer: Answer) -> memoryview:
+            nonlocal content
+            if answer.length > CATALOGUE_BYTES_MAX:
+                raise DecodeError(f"a catalogue of {answer.length} bytes")
+            content = bytearray(answer.length)
+            return memoryview(content)
+
+        await self._exchange(holder, self._head("GET", "/catalogue", holder, 0), (), room, 200)
+        return bytes(content)
 
     # ── one exchange ────────────────────────────────────────────────────────────────────────────────
 

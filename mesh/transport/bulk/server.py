@@ -3,6 +3,7 @@
     GET  /blob/<64 hex>                 a range of at most 16 MiB (``Range: bytes=a-b``), ETag = digest
     POST /blocks/get?bytes_max=1048576  keys in, framed blocks out (``frames``)
     POST /blocks/put                    framed blocks in, a verdict on each out
+    GET  /catalogue                     which blocks this node says it holds
 
 A request that finds no room in the ``Budget`` is told 503, and asks another holder. What is sent is read
 piece by piece as fast as the reader takes it; one that takes less than a piece in ``PIECE_TIMEOUT_S`` is cut
@@ -24,6 +25,7 @@ from mesh.errors import DecodeError
 from mesh.ids import NodeId
 from mesh.transport.bulk.blobs import (
     BATCH_BYTES_MAX,
+    CATALOGUE_BYTES_MAX,
     KEY_BYTES,
     KEYS_MAX,
     PIECE_BYTES,
@@ -74,9 +76,12 @@ class BulkServer:
         view: Callable[[], RingEpoch],
         *,
         on_view: Callable[[RingEpoch, NodeId], None] = lambda view, peer: None,
+        catalogue: Callable[[], bytes] = bytes,
         budget: Budget | None = None,
     ) -> None:
+        """``catalogue``: what peers take it from, see ``mesh.cache.exchange``; empty = there is none."""
         self._store = store
+        self._catalogue = catalogue
         self._view = view
         self._on_view = on_view
         self.budget = budget or Budget()
@@ -86,6 +91,7 @@ class BulkServer:
             web.get("/blob/{digest}", self._served(self._on_get_range), allow_head=False),
             web.post("/blocks/get", self._served(self._on_get_blocks)),
             web.post("/blocks/put", self._served(self._on_put_blocks)),
+            web.get("/catalogue", self._served(self._on_catalogue), allow_head=False),
         ]
 
     def _served(self, handler: _Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -171,6 +177,14 @@ class BulkServer:
             await response.prepare(request)
             await _send_together(response, [table, *payloads])
             return response
+
+    async def _on_catalogue(self, request: web.Request, peer: NodeId) -> web.StreamResponse:
+        async with self.budget.hold(peer, CATALOGUE_BYTES_MAX + _SENDING_BYTES) as has_room:
+            if not has_room:
+                return self._refusal(503, "busy: ask again later")
+            body = self._catalogue()
+            assert len(body) <= CATALOGUE_BYTES_MAX, "its reader would refuse it"
+            return self._body(200, body) if body else self._refusal(404, "no catalogue")
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────
 
