@@ -28,6 +28,7 @@ _TRIAL_SHARE = 0.1
 _OFF_MIN, _OFF_MAX = 0.05, 1000.0
 # Of a fetch that brought nothing: it might come next time, but do not count on it.
 _FAILED = 8.0
+_SOME = 0.01
 _FLOOR_S = 1e-3
 """Shorter than this, waiting is noise of the scheduler."""
 
@@ -92,7 +93,7 @@ class FetchOrCompute:
         if not math.isfinite(expected_s):
             return
         expected_s, took_s = max(expected_s, _FLOOR_S), max(took_s, 0.0)
-        if share > 0:
+        if share > _SOME:
             took_s /= share
         else:
             took_s = max(took_s, _FAILED * self.off * expected_s)

@@ -428,17 +428,19 @@ class MeshLink:
             self._changed.notify_all()
 
     def _settle(self, fetch: Fetch, sizes: Sequence[int], payload: memoryview) -> None:
+        first, end = fetch._n_settled, fetch._n_settled + len(sizes)
+        if end > len(fetch.keys):
+            raise DecodeError("more blocks than were wanted")
         start = 0
-        for key, size in zip(fetch.keys[fetch._n_settled :], sizes, strict=False):
+        for key, size in zip(fetch.keys[first:end], sizes, strict=True):
             if size:
                 fetch._held[key] = payload[start : start + size]
                 fetch._n_held_bytes += size
                 self._n_held_bytes += size
             start += size
-        fetch._n_settled += len(sizes)
+        fetch._n_settled = end
+        fetch._is_over = end == len(fetch.keys)
         fetch.changed_at = self._clock()
-        if fetch._n_settled > len(fetch.keys):
-            raise DecodeError("more blocks than were wanted")
 
     def _wait_for_room(self) -> None:
         with self._changed:
