@@ -116,6 +116,11 @@ class FeatureMaps:
         self._width = backbone.width if backbone is not None else width
         self._clock = clock
 
+    @property
+    def width(self) -> int:
+        """Numbers in one row; 0 as long as nobody has said."""
+        return self._width or 0
+
     def read(
         self, texts: Sequence[Sequence[int]], progress: Callable[[float], None] | None = None
     ) -> list[Tensor]:

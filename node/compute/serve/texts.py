@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mesh.messages import Output
+from mesh.messages import Output, Submit
 from mesh.messages.output import NUMBERS_MAX
-from mesh.messages.task import ANSWER_BYTES_MAX
+from mesh.messages.task import ANSWER_BYTES_MAX, TaskKind
 from node.compute.backbone.contract import Backbone
 from node.compute.backbone.deltas import Adapter
 from node.compute.engine import Event
@@ -23,14 +23,34 @@ from node.compute.messages import Ended, Run
 from node.compute.serve.sequences import Sequence
 from node.compute.serve.tokens import Tokens
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "read_ids", "texts_ids"]
 
 # Logits of 64 rows over 49,152 tokens are 12 MB.
 _LOGIT_ROWS = 64
 
 
+def texts_ids(
+    submit: Submit, kind: TaskKind, tokens: Tokens, *, completes: bool = False
+) -> tuple[list[list[int]], int]:
+    """The tokens of each text as a task of this kind sees them, and how many of them come before the text.
+
+    Raises:
+        ValueError: The chat template does not take the messages.
+    """
+    if kind != "score":
+        return [tokens.plain(text) for text in submit.texts], 0
+    asks = submit.prompt is not None or bool(submit.messages)
+    before = tokens.encode(submit, completes=completes) if asks else tokens.beginning()
+    return [before + tokens.continuation(text) for text in submit.texts], len(before)
+
+
+def read_ids(ids: list[int], kind: TaskKind) -> list[int]:
+    """Those that the model reads: the last token of a text to score predicts nothing that is asked for."""
+    return ids[:-1] if kind == "score" else list(ids)
+
+
 class Texts:
-    """A ``score``, ``classify`` or ``embed`` attempt.
+    """A ``score``, ``classify`` or ``embed`` attempt. ``make_sequence``: as ``Sequence``.
 
     Raises:
         ValueError: It cannot be done as asked; the text says why, with numbers.
@@ -43,8 +63,10 @@ class Texts:
         tokens: Tokens,
         backbone: Backbone,
         clock: Callable[[], float],
+        make_sequence: Callable[..., Sequence] = Sequence,
     ) -> None:
         submit = run.submit
+        self._make_sequence = make_sequence
         self.run = run
         self.adapter = adapter
         self._backbone = backbone
@@ -57,16 +79,8 @@ class Texts:
             raise ValueError(
                 f"adapter {adapter.name!r} has no class head: choose one that was tuned to classify"
             )
-        self._ids: list[list[int]] = []
-        n_before = 0
-        if self._kind == "score":
-            asks = submit.prompt is not None or bool(submit.messages)
-            completes = adapter is not None and adapter.completes
-            before = tokens.encode(submit, completes=completes) if asks else tokens.beginning()
-            n_before = len(before)
-            self._ids = [before + tokens.continuation(text) for text in submit.texts]
-        else:
-            self._ids = [tokens.plain(text) for text in submit.texts]
+        completes = adapter is not None and adapter.completes
+        self._ids, n_before = texts_ids(submit, self._kind, tokens, completes=completes)
         self._check(n_before)
         self.sequences = [self._sequence(ids, n_before) for ids in self._ids]
         self._all = list(self.sequences)
@@ -98,17 +112,18 @@ class Texts:
             raise ValueError(f"this would give {n_numbers} numbers, a result holds {NUMBERS_MAX}: {advice}")
 
     def _sequence(self, ids: list[int], n_before: int) -> Sequence:
+        read = read_ids(ids, self._kind)
         if self._kind == "score":
-            # The last token predicts nothing that is asked for. What comes before all texts is read once.
-            return Sequence(
-                ids[:-1],
+            # What comes before all texts is read once.
+            return self._make_sequence(
+                read,
                 self.adapter,
-                capacity=len(ids) - 1,
+                capacity=len(read),
                 n_wanted=len(ids) - n_before,
                 n_shared=n_before,
             )
         n_wanted = len(ids) if self._kind == "embed" else 1
-        return Sequence(list(ids), self.adapter, capacity=len(ids), n_wanted=n_wanted)
+        return self._make_sequence(read, self.adapter, capacity=len(ids), n_wanted=n_wanted)
 
     def take(self, sequence: Sequence, rows: Tensor) -> list[Event]:
         """Rows (n, d) of ``sequence`` after the final norm, the last of them its newest. The end once all are
