@@ -72,7 +72,7 @@ def test_answers_are_those_of_an_engine_that_has_seen_nothing(
 ) -> None:
     conversations = [prompt(world, 1, 330), prompt(world, 2, 330)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes_file, "_COPY_TOKENS", copies)
+        patch.setattr(prefixes_file, "SEEN_TOKENS_MIN", copies)
         engine = world.engine()
         batch: dict[str, dict[str, object]] = {}
         for at, (adapter, which, n, question, with_next) in enumerate(steps):

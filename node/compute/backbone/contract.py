@@ -7,7 +7,7 @@ adapter whose first adapted layer is c or higher does not change it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,8 +65,18 @@ class Backbone(Protocol):
     def states(self, capacity: int) -> Any:
         """Room for ``capacity`` tokens of one sequence."""
 
-    def forward(self, segments: Sequence[Segment], *, keep_at: Sequence[int] = ()) -> Pass:
-        """One pass of all segments through all layers, each segment from its own entrance."""
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        *,
+        keep_at: Sequence[int] = (),
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Pass:
+        """One pass of all segments through all layers, each segment from its own entrance.
+
+        ``before_layer`` is called before each layer that rows go through, and may wait until the states of
+        others in it are there. If it raises, the pass has changed nothing that anybody sees.
+        """
 
     def features(self, segments: Sequence[Segment], cut: int) -> Tensor:
         """Shapes: result (rows, d) entering layer ``cut``; layers from ``cut`` on are not computed.

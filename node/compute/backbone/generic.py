@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,8 +50,14 @@ class GenericBackbone:
         return _GenericStates()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def forward(self, segments: Sequence[Segment], *, keep_at: Sequence[int] = ()) -> Pass:
-        assert not keep_at, "a generic model keeps nothing on its way"
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        *,
+        keep_at: Sequence[int] = (),
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Pass:
+        assert not keep_at and before_layer is None, "a generic model cannot be stopped on its way"
         wanted = []
         for segment in segments:
             assert segment.adapter is None and segment.hidden is None, "the engine refuses these before"

@@ -10,7 +10,7 @@ never the meaning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -173,7 +173,13 @@ class LlamaBackbone:
         return (angles.cos() * self._rope_scale).to(self.embedding.like), sin.to(self.embedding.like)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def forward(self, segments: Sequence[Segment], *, keep_at: Sequence[int] = ()) -> Pass:
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        *,
+        keep_at: Sequence[int] = (),
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Pass:
         keep = frozenset(keep_at)
         kept: dict[int, Tensor] = {}
         rows = _Rows(self, segments)
@@ -182,6 +188,8 @@ class LlamaBackbone:
             if index in keep:
                 kept[index] = rows.x[: rows.n_began]
             if rows.parts:
+                if before_layer is not None:
+                    before_layer(index)
                 self._block(index, rows, prune=index == self.n_layers - 1 and self.n_layers not in keep)
         if self.n_layers in keep:
             kept[self.n_layers] = rows.x

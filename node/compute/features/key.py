@@ -40,6 +40,8 @@ class FeatureSpace:
     numerics: str
     """Backend, device class, type and canonical shape; see ``node.compute.features.shape``."""
     codec: str
+    until: int = 0
+    """Of kind ``kv``: the states are those of the layers ``cut`` to ``until`` - 1."""
 
     def keys(self, ids: Sequence[int]) -> list[bytes]:
         """One key for each block of ``BLOCK_TOKENS`` tokens; the last block may be shorter."""
@@ -54,7 +56,10 @@ class FeatureSpace:
 
     def _root(self) -> bytes:
         # JSON with sorted keys, so that no two spaces read the same by fields running into each other.
-        return _hash(json.dumps({"schema": _SCHEMA, **asdict(self)}, sort_keys=True).encode())
+        fields = asdict(self)
+        if not self.until:
+            del fields["until"]  # hidden states are named as they were before there were others
+        return _hash(json.dumps({"schema": _SCHEMA, **fields}, sort_keys=True).encode())
 
 
 def space_for(

@@ -28,14 +28,14 @@ from node.compute.backbone.deltas import Adapter
 from node.compute.backbone.llama import LlamaBackbone
 from node.compute.features.key import BLOCK_TOKENS, FeatureSpace
 
-__all__ = ["PREFIX_BYTES", "Prefixes", "Reading", "kept_rows"]
+__all__ = ["PREFIX_BYTES", "SEEN_TOKENS_MIN", "Prefixes", "Reading", "kept_rows"]
 
 # States of 11,000 tokens of SmolLM2 in float32: a few long conversations, or dozens that begin alike.
 PREFIX_BYTES = 512_000_000
 
 # Sharing saves the copy and its memory, and costs every later token a second, small product per layer. Below
 # this many tokens the copy is the cheaper of the two (12 MB of SmolLM2's states, 3 ms).
-_COPY_TOKENS = 256
+SEEN_TOKENS_MIN = 256
 
 # Each beginning is compared with those it may replace; more would only be tiny ones.
 _READINGS_MAX = 512
@@ -52,10 +52,10 @@ class _Memory:
 
     __slots__ = ("_row_bytes", "_states")
 
-    def __init__(self, states: KeyValues) -> None:
+    def __init__(self, states: KeyValues, top: int) -> None:
         self._states = states
         self._row_bytes: dict[int, int] = {}  # by first position of its own, for all layers that begin there
-        for keys, start in zip(states.keys, states.starts, strict=True):
+        for keys, start in zip(states.keys[:top], states.starts, strict=False):
             size = 2 * keys.shape[0] * keys.shape[2] * keys.element_size()
             self._row_bytes[start] = self._row_bytes.get(start, 0) + size
 
@@ -87,8 +87,14 @@ class Reading:
     _memory: _Memory
     _owners: list[_Memory | None]
     """Of each layer whose memory the first positions are in; ``None``: its own."""
+    top: int
+    """Layers below this one are there; fewer than all if it came from another node."""
     _blocks: list[bytes] = field(default_factory=list)
     is_running: bool = True
+    is_whole: bool = True
+    """``False``: the states it says to have are still on their way here, or those it sees are."""
+    is_broken: bool = False
+    """What it sees will not become whole: whoever goes on it has to begin anew."""
 
     @property
     def n_ready(self) -> int:
@@ -196,15 +202,23 @@ class Prefixes:
     # ── a sequence's life ───────────────────────────────────────────────────────────────────────────
 
     def open(
-        self, ids: Sequence[int], adapter: Adapter | None, *, capacity: int, reuse_max: int, n_shared: int
+        self,
+        ids: Sequence[int],
+        adapter: Adapter | None,
+        *,
+        capacity: int,
+        reuse_max: int,
+        n_shared: int,
+        early: Reading | None = None,
     ) -> Reading | None:
         """States for a sequence that begins with ``ids``, holding what is known of them.
 
         ``reuse_max``: tokens from this one on are computed whatever is known. ``n_shared``: of so many tokens
         others may make use. ``None``: another sequence is just reading the same tokens; ask again when it
-        has come further.
+        has come further. ``early``: one of ``expect_states`` that may be seen before it is whole; then the
+        result is not whole before that is.
         """
-        found = list(self._find(ids, adapter, reuse_max))
+        found = list(self._find(ids, adapter, reuse_max, early))
         whole = max((f for f in found if f.below == self._n_layers), key=lambda f: f.n, default=None)
         n_whole = whole.n if whole else 0
         part = max((f for f in found if f.below < self._n_layers), key=lambda f: f.n * f.below, default=None)
@@ -214,13 +228,56 @@ class Prefixes:
         if any(f.reading.is_running and f.n_coming >= max(f.n, best) + BLOCK_TOKENS for f in found):
             return None
         reading = self._begin(ids, adapter, capacity, whole if n_whole else None, part, n_shared)
+        reading.is_whole = all(f.reading.is_whole for f in (whole, part) if f is not None and f.n)
         self._touch(f.reading for f in (whole, part) if f is not None)
         self._readings[reading] = None
         self._register(reading)
         return reading
 
+    def known(self, ids: Sequence[int], adapter: Adapter | None, reuse_max: int) -> tuple[int, float]:
+        """Tokens whose states of all layers are here, and the best there is or is being read: in tokens,
+        those of which only some layers are known counted by their share."""
+        found = list(self._find(ids, adapter, reuse_max))
+        n_whole = max((f.n for f in found if f.below == self._n_layers), default=0)
+        return n_whole, max((max(f.n, f.n_coming) * f.below / self._n_layers for f in found), default=0.0)
+
+    def expect_states(self, ids: Sequence[int], top: int, n_known: int) -> Reading | None:
+        """Room for states of ``ids`` in the layers below ``top`` that come from elsewhere.
+
+        Those of the first ``n_known`` tokens are here already; ``None`` if they are not any more. Whoever
+        begins alike waits for the others, until ``arrived`` or ``drop``.
+        """
+        assert not n_known or top == self._n_layers, "what is known is known in all layers"
+        whole = None
+        if n_known:
+            found = (f for f in self._find(ids, None, n_known) if f.below == self._n_layers)
+            whole = max(found, key=lambda f: f.n, default=None)
+            if whole is None or whole.n < n_known:
+                return None
+        reading = self._begin(ids, None, len(ids), whole, None, len(ids), top=top)
+        reading.is_whole = False
+        self._readings[reading] = None
+        self._register(reading)
+        return reading
+
+    def arrived(self, reading: Reading, n: int) -> None:
+        """The first ``n`` tokens of what was expected are there, in all layers below its ``top``."""
+        assert not reading.is_whole and n <= reading.states.capacity
+        reading.states.length = n
+        reading.is_whole = True
+        self.close(reading, reading.ids[:n])
+
+    def drop(self, reading: Reading) -> None:
+        """Forget it as if it had never been."""
+        reading.is_running = False
+        if reading in self._readings:
+            self._drop(reading)
+
     def close(self, reading: Reading, ids: Sequence[int]) -> None:
         """The sequence has ended; ``ids`` are all the tokens that others may share."""
+        if not reading.is_whole:
+            self.drop(reading)
+            return
         reading.is_running = False
         reading.entering = None
         reading.ids = list(ids[: reading.states.length])
@@ -253,7 +310,9 @@ class Prefixes:
             return self._n_layers
         return min(self._cut(one), self._cut(other))
 
-    def _find(self, ids: Sequence[int], adapter: Adapter | None, most: int) -> Iterable[_Found]:
+    def _find(
+        self, ids: Sequence[int], adapter: Adapter | None, most: int, early: Reading | None = None
+    ) -> Iterable[_Found]:
         """Whoever shares a block with ``ids``, longest first, until nothing better can follow."""
         seen: set[Reading] = set()
         blocks = _CHAIN.keys(ids[: most // BLOCK_TOKENS * BLOCK_TOKENS])
@@ -263,13 +322,15 @@ class Prefixes:
                 if reading in seen:
                     continue
                 seen.add(reading)
-                below = self._alike(adapter, reading.adapter)
+                below = min(self._alike(adapter, reading.adapter), reading.top)
                 if not below:
                     continue
                 # The next whole block differs or is not there, so no more than two need be looked at.
                 stop = min(most, start + 2 * BLOCK_TOKENS)
                 common = start + _common(ids[start:stop], reading.ids[start:stop])
                 n = min(common, reading.n_ready)
+                if not reading.is_whole:
+                    n = common if reading is early else 0
                 if below < self._n_layers:
                     n = min(n, reading.n_kept(below))
                     goes_on = below in self._cuts and reading.n_kept(below) >= reading.states.length
@@ -289,6 +350,8 @@ class Prefixes:
         whole: _Found | None,
         part: _Found | None,
         n_shared: int,
+        *,
+        top: int | None = None,
     ) -> Reading:
         layers = self._n_layers
         donors = [part if part is not None and at < part.below else whole for at in range(layers)]
@@ -298,7 +361,7 @@ class Prefixes:
         for layer, donor in enumerate(donors):
             places = donor.reading.states.seen(layer, donor.n) if donor else []
             first = places[0] if places else None
-            if donor is None or first is None or first[0].shape[1] < _COPY_TOKENS:
+            if donor is None or first is None or first[0].shape[1] < SEEN_TOKENS_MIN:
                 first = None
             shared.append(first)
             owners.append(
@@ -309,6 +372,7 @@ class Prefixes:
             at = 0
             for place in places:
                 if place is not first:
+                    assert donor is None or donor.reading.is_whole, "what is not there cannot be copied"
                     copied.append((layer, at, place))
                 at += place[0].shape[1]
         states = self._backbone.states(capacity, shared)
@@ -333,7 +397,8 @@ class Prefixes:
             entering=entering,
             hidden=hidden,
             n_reused=part.n if part else n_whole,
-            _memory=_Memory(states),
+            top=layers if top is None else top,
+            _memory=_Memory(states, layers if top is None else top),
             _owners=owners,
         )
 
@@ -363,6 +428,7 @@ class Prefixes:
         return (
             not other.is_running
             and self._alike(one.adapter, other.adapter) == self._n_layers
+            and one.top >= other.top
             and len(other.ids) <= len(one.ids)
             and one.ids[: len(other.ids)] == other.ids
             and all(one.n_kept(cut) >= min(other.n_kept(cut), len(other.ids)) for cut in other.hidden)

@@ -49,6 +49,8 @@ class Sequence:
         self._shares_answer = shares_answer and not self._active_from
         self._states: Any = None
         self.reading: Reading | None = None
+        self.may_look = True
+        """It has not asked yet whether other nodes have read its beginning."""
 
     @property
     def is_open(self) -> bool:
@@ -68,17 +70,36 @@ class Sequence:
         """Not yet through what was given at the start."""
         return self.n_read < self.n_given
 
-    def open(self, backbone: Any, prefixes: Prefixes | None) -> bool:
-        """Take room in the model; ``False`` if another sequence is just reading the same beginning."""
+    @property
+    def reads_as(self) -> Adapter | None:
+        """Whose the states are that others may share."""
+        return None if self._active_from else self.adapter
+
+    @property
+    def reuse_max(self) -> int:
+        """Tokens from this one on are computed whatever is known."""
+        return min(self._wanted_from, self._active_from or self._wanted_from)
+
+    @property
+    def shared_ids(self) -> list[int]:
+        """Those that others may share."""
+        return self.ids[: len(self.ids) if self._shares_answer else self._n_shared]
+
+    def open(self, backbone: Any, prefixes: Prefixes | None, early: Reading | None = None) -> bool:
+        """Take room in the model; ``False`` if another sequence is just reading the same beginning.
+
+        ``early``: see ``Prefixes.open``.
+        """
         if prefixes is None:
             self._states = backbone.states(self.capacity)
             return True
         self.reading = prefixes.open(
             self.ids,
-            None if self._active_from else self.adapter,
+            self.reads_as,
             capacity=self.capacity,
-            reuse_max=min(self._wanted_from, self._active_from or self._wanted_from),
+            reuse_max=self.reuse_max,
             n_shared=self._n_shared,
+            early=early,
         )
         if self.reading is None:
             return False
@@ -87,8 +108,7 @@ class Sequence:
 
     def close(self, prefixes: Prefixes | None) -> None:
         if prefixes is not None and self.reading is not None:
-            n = len(self.ids) if self._shares_answer else self._n_shared
-            prefixes.close(self.reading, self.ids[:n])
+            prefixes.close(self.reading, self.shared_ids)
         self._states = self.reading = None
 
     def segment(self, n_rows: int, n_layers: int) -> tuple[Segment, int]:

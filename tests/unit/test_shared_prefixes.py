@@ -1,0 +1,293 @@
+"""Prefixes of other nodes: never a wrong value, whatever comes, fails to come or comes late."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mesh.ids import TaskId
+from node.compute.backbone.llama import LlamaBackbone
+from node.compute.messages import Pause, Resume, Stop
+from node.compute.model_engine import ModelEngine
+from tests.serving_world import World, drive, run_of
+from tests.unit.shared_world import Mesh, engine_of, keys_of, prompt
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+class Rows:
+    """Rows that went through each layer."""
+
+    def __init__(self, backbone: LlamaBackbone, patch: pytest.MonkeyPatch) -> None:
+        self.by_layer = [0] * backbone.n_layers
+        self.logits: list[torch.Tensor] = []
+        block, logits = backbone._block, backbone.logits
+
+        def counted(index: int, rows: object, **more: object) -> None:
+            self.by_layer[index] += len(rows.x)  # type: ignore[attr-defined]
+            block(index, rows, **more)  # type: ignore[arg-type]
+
+        def noted(rows: torch.Tensor, *more: object) -> torch.Tensor:
+            self.logits.append(logits(rows, *more))  # type: ignore[arg-type]
+            return self.logits[-1]
+
+        patch.setattr(backbone, "_block", counted)
+        patch.setattr(backbone, "logits", noted)
+
+
+@pytest.fixture
+def rows(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rows]:
+    yield Rows(world.backbone, monkeypatch)
+
+
+def asked(text: str, adapter: str | None = None) -> dict[str, object]:
+    return {"prompt": text, "adapter": adapter, "max_tokens": 6}
+
+
+def read(world: World, mesh: Mesh, text: str, adapter: str | None = None) -> ModelEngine:
+    """An engine of another node that has read ``text``."""
+    engine = engine_of(world, mesh)
+    for name in ("top", "middle"):  # seen once, so that their cuts are known
+        drive(engine, {"x": {"prompt": "?", "adapter": name}})
+    drive(engine, {"a": asked(text, adapter)})
+    return engine
+
+
+def fetched(engine: ModelEngine) -> int:
+    assert engine.shared is not None
+    return engine.shared.n_fetched_tokens
+
+
+def test_what_a_peer_has_read_is_not_read_again_and_the_answer_is_the_same(world: World, rows: Rows) -> None:
+    mesh, text = Mesh(), prompt(world, 1, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    rows.by_layer = [0] * 5
+    ended = drive(engine, {"b": asked(text + "what?")})["b"]
+    assert ended.text == world.alone(**asked(text + "what?")).text
+    assert fetched(engine) == 384
+    drive(engine, {"c": asked(text + "why?")})
+    assert fetched(engine) == 384 and len(mesh.wanted) == 1  # it is here now
+
+
+def test_logits_after_fetched_states_are_those_after_ones_own_to_the_last_bit(
+    world: World, rows: Rows
+) -> None:
+    mesh, text = Mesh(), prompt(world, 2, 448)
+    one = read(world, mesh, text + "first")
+    rows.logits.clear()
+    drive(one, {"own": asked(text + "second")})
+    own, other = list(rows.logits), engine_of(world, mesh)
+    rows.logits.clear()
+    drive(other, {"fetched": asked(text + "second")})
+    assert fetched(other) == 448
+    assert len(own) == len(rows.logits)
+    assert all(torch.equal(a, b) for a, b in zip(own, rows.logits, strict=True))
+
+
+@pytest.mark.parametrize("by", [None, "top", "middle"])
+@pytest.mark.parametrize("asks", [None, "top", "top-too", "middle", "whole", "activated"])
+def test_below_the_cuts_nodes_share_and_above_them_they_do_not(
+    world: World, rows: Rows, by: str | None, asks: str | None
+) -> None:
+    mesh, text = Mesh(), prompt(world, 3, 400)
+    read(world, mesh, text, by)
+    engine = engine_of(world, mesh)
+    for name in ("top", "middle"):
+        drive(engine, {"x": {"prompt": "?", "adapter": name}})
+    rows.by_layer = [0] * 5
+    ended = drive(engine, {"b": asked(text + "what?", asks)})["b"]
+    went_through = list(rows.by_layer)
+    assert ended.text == world.alone(**asked(text + "what?", asks)).text
+    levels = {None: 5, "top": 3, "top-too": 3, "middle": 1, "whole": 0, "activated": 5}
+    # An activated adapter that was not invoked is the plain model.
+    level = min(levels[by], levels[asks])
+    assert fetched(engine) == (384 if level else 0)
+    n_suffix = 400 + 5 - 384 + 5
+    assert went_through[:level] == [n_suffix] * level
+    assert all(n == n_suffix + 384 for n in went_through[level:-1])
+
+
+def test_an_adapters_states_are_never_published_above_its_first_layer(world: World) -> None:
+    mesh, text, keys = Mesh(), prompt(world, 4, 300), keys_of(world)
+    read(world, mesh, text, "middle")
+    ids = world.tokens.plain(text)
+    for group in keys.groups:
+        published = [part.key in mesh.entries for part in keys.parts(group, ids)]
+        assert published == [group.stop <= 2] * 4
+    assert all(part.key in mesh.entries for part in keys.parts(1, ids))  # where ``middle`` goes on
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_damaged_or_gone_is_read_here_from_the_last_whole_block_on(world: World, seed: int) -> None:
+    rng, adapter = random.Random(seed), (None, "top")[seed % 2]
+    mesh, text = Mesh(), prompt(world, 5, 400)
+    read(world, mesh, text, adapter)
+    ids, keys = world.tokens.plain(text), keys_of(world)
+    block = rng.randrange(6)
+    part = keys.parts(rng.choice(keys.below(3)), ids)[block]
+    if seed < 3:
+        mesh.lost = {part.key}
+    else:
+        mesh.damage = lambda key, payload: payload[: len(payload) // 2] if key == part.key else payload
+    mesh.per_wait = 1
+    engine = engine_of(world, mesh)
+    ended = drive(engine, {"b": asked(text + "what?", adapter)})["b"]
+    assert ended.text == world.alone(**asked(text + "what?", adapter)).text
+    assert fetched(engine) == 64 * block and not mesh.open
+
+
+def test_the_first_layers_begin_while_the_last_are_on_their_way(world: World, rows: Rows) -> None:
+    mesh, text = Mesh(), prompt(world, 6, 400)
+    read(world, mesh, text)
+    engine, keys = engine_of(world, mesh), keys_of(world)
+    mesh.per_wait, mesh.until = 1, 6  # the first group of six blocks
+    assert engine.start(run_of("b", **asked(text + "what?"))) == []
+    while not mesh.open or mesh.open[0].n_settled < 6:
+        engine.step()
+    rows.by_layer = [0] * 5
+    come: list[int] = []
+    block = world.backbone._block
+
+    def look(index: int, *more: object, **and_more: object) -> None:
+        come.append(mesh.open[0].n_settled if mesh.open else 18)
+        block(index, *more, **and_more)  # type: ignore[arg-type]
+
+    mesh.until = 18
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.backbone, "_block", look)
+        engine.step()
+    assert come == [6, 12, 12, 18, 18] and len(keys.groups) == 3
+    while engine.due_s is not None:
+        engine.step()
+    assert fetched(engine) == 384
+
+
+@pytest.mark.parametrize("adapter", [None, "top"])
+@pytest.mark.parametrize("stops_after", [0, 1, 6, 7, 13, 23])
+def test_what_stops_coming_is_read_here(
+    world: World, monkeypatch: pytest.MonkeyPatch, stops_after: int, adapter: str | None
+) -> None:
+    mesh, text = Mesh(), prompt(world, 7, 400)
+    read(world, mesh, text, adapter)
+    engine = engine_of(world, mesh)
+    mesh.per_wait, mesh.until = 1, stops_after
+    assert engine.start(run_of("b", **asked(text + "what?", adapter))) == []
+    events = []
+    for _ in range(60):  # it waits, and other messages are seen meanwhile
+        events += engine.step()
+    mesh.lost = set(mesh.entries)
+    mesh.until = 1 << 30
+    while engine.due_s is not None:
+        events += engine.step()
+    assert events[-1].text == world.alone(**asked(text + "what?", adapter)).text
+    assert not mesh.open
+
+
+def test_others_steps_go_on_while_one_waits(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 8, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    assert engine.start(run_of("busy", prompt="hello", max_tokens=50)) == []
+    engine.step()
+    mesh.per_wait = 0
+    assert engine.start(run_of("b", **asked(text + "what?"))) == []
+    n_written = sum(len(engine.step()) for _ in range(20))
+    assert n_written == 20 and mesh.open[0].n_waits == 0  # nobody stood still
+    mesh.until = 0
+    engine.stop(Stop(task=TaskId("b"), attempt=1, reason="enough"))
+    while engine.due_s is not None:
+        engine.step()
+
+
+def test_who_begins_alike_waits_for_what_is_coming_and_finds_it(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 9, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    mesh.per_wait = 1
+    tasks = {f"t{i}": asked(text + str(i)) for i in range(3)}
+    for task, ended in drive(engine, tasks).items():
+        assert ended.text == world.alone(**tasks[task]).text
+    assert len(mesh.wanted) == 1 and fetched(engine) == 384
+
+
+@pytest.mark.parametrize("adapter", [None, "top"])
+@pytest.mark.parametrize("n_come", [0, 3, 6, 8, 12])
+def test_cancelled_while_waiting_it_lets_go_of_everything(
+    world: World, n_come: int, adapter: str | None
+) -> None:
+    mesh, text = Mesh(), prompt(world, 10, 400)
+    read(world, mesh, text, adapter)
+    engine = engine_of(world, mesh)
+    assert engine.prefixes is not None
+    mesh.per_wait, mesh.until = 1, n_come
+    assert engine.start(run_of("b", **asked(text + "what?", adapter))) == []
+    for _ in range(n_come + 8):
+        engine.step()
+    (ended,) = engine.stop(Stop(task=TaskId("b"), attempt=1, reason="enough"))
+    assert engine.due_s is None and not mesh.open
+    assert len(engine.prefixes) == 0 and engine.prefixes.held_bytes == 0
+    mesh.until = 1 << 30
+    again = drive(engine, {"c": asked(text + "what?", adapter)})["c"]
+    assert again.text == world.alone(**asked(text + "what?", adapter)).text
+
+
+def test_paused_and_resumed_while_it_waits_it_is_as_if_nothing_had_been(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 11, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    mesh.per_wait, mesh.until = 1, 8
+    events = engine.start(run_of("b", **asked(text + "what?")))
+    for _ in range(12):
+        events += engine.step()
+    engine.pause(Pause(task=TaskId("b"), attempt=1))
+    for _ in range(5):
+        events += engine.step()
+    mesh.until = 1 << 30
+    engine.resume(Resume(task=TaskId("b"), attempt=1))
+    while engine.due_s is not None:
+        events += engine.step()
+    assert events[-1].text == world.alone(**asked(text + "what?")).text
+
+
+def test_short_prompts_are_not_asked_about_and_not_published_before_they_come_again(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 12, 200)
+    engine = engine_of(world, mesh)
+    drive(engine, {"a": asked(text)})
+    assert not mesh.entries
+    drive(engine, {"b": asked(text + "again")})
+    assert len(mesh.entries) == 3 * 3  # whole blocks, groups
+
+
+def test_what_would_take_longer_than_reading_is_read_here(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 13, 400)
+    read(world, mesh, text)
+    for expected_s in (10.0, None):
+        mesh.expected_s = expected_s
+        engine = engine_of(world, mesh)
+        drive(engine, {"b": asked(text + "what?")})
+        assert not mesh.wanted
+
+
+@pytest.mark.parametrize("name", ["backbone_digest", "tokenizer_digest"])
+def test_states_of_another_model_are_never_found(world: World, name: str) -> None:
+    mesh, text = Mesh(), prompt(world, 14, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh, **{name: "another"})
+    drive(engine, {"b": asked(text)})
+    assert not mesh.wanted
+
+
+def test_what_came_from_a_peer_is_not_published_again(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 15, 384)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    drive(engine, {"b": asked(text + "what?")})
+    assert engine.shared is not None and engine.shared.publisher is not None
+    assert fetched(engine) == 384 and engine.shared.publisher.n_blocks == 0
