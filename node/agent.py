@@ -25,6 +25,7 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    FeaturesProfiled,
     PauseAttempt,
     RatesMeasured,
     ResumeAttempt,
@@ -60,6 +61,7 @@ from mesh.transport.identity import MeshKey
 from mesh.transport.interfaces import local_addresses
 from mesh.transport.streams import PeerClient
 from node import __version__
+from node.cache.assembly import NodeCache
 from node.compute.models import DEFAULT_MODEL, resolve
 from node.faces.view import View, ViewBuilder
 from node.fact_log import log_fact
@@ -138,9 +140,19 @@ class Agent:
         self._model = (settings.model or DEFAULT_MODEL) if settings.compute else None
         model_name = resolve(self._model).name if self._model is not None else None
         identity = slot.identity(key)
-        self._server = server_of(settings, identity, self._hello)
+        self._cache = NodeCache(
+            me=self.node,
+            identity=identity,
+            directory=slot.features_dir,
+            quota_bytes=settings.feature_disk,
+            cores=lambda: self.cores,
+            peers=lambda: self._peers,
+            info=lambda: self._info,
+            learn=lambda fact: self._driver.learn(fact),
+        )
+        self._server = server_of(settings, identity, self._hello, self._cache.server.routes())
         self._client = PeerClient(identity.client_context())
-        self._info = info_of(slot, device, model_name)
+        self._info = info_of(slot, device, model_name, settings.feature_disk)
         self._me = NodeState(node=self.node, state="online", incarnation=slot.incarnation, boot=self._boot)
         self.cores: Cores = build_cores(
             me=self._me,
@@ -179,7 +191,11 @@ class Agent:
         if self._model is not None:
             from node.worker import ComputeWorker, load_of  # a node without compute does without
 
-            self._worker = ComputeWorker(load_of(self._model, settings, state), learn=self._driver.learn)
+            self._worker = ComputeWorker(
+                load_of(self._model, settings, state, slot.features_dir),
+                learn=self._driver.learn,
+                serve_link=self._cache.serve_link,
+            )
         self._discovery: Discovery | None = None
         self._advert_changed = asyncio.Event()
         self._has_joined = False
@@ -219,7 +235,7 @@ class Agent:
         for number in ending_signals():
             loop.add_signal_handler(number, self.stop)
         try:
-            async with self._server, self._client:
+            async with self._server, self._client, self._cache:
                 self._change_info(port=self._server.port, addresses=self._addresses())
                 async with Discovery(self._advert(), self._settings.interfaces) as self._discovery:
                     await self._live(screen)
@@ -235,6 +251,7 @@ class Agent:
                 group.create_task(self._driver.run(), name="driver"),
                 group.create_task(self.bus.run(), name="bus"),
                 group.create_task(self._peers.run(), name="peers"),
+                group.create_task(self._cache.run(), name="cache"),
                 group.create_task(self._watch_discovery(), name="discovery"),
                 group.create_task(self._announce(), name="announce"),
                 group.create_task(self._report(), name="report"),
@@ -277,6 +294,7 @@ class Agent:
         """What the cores, or the shell itself, say happened: who must do something about it?"""
         self._view.learn(fact, time.monotonic())
         log_fact(log, fact, self.node)
+        self._cache.on_fact(fact)
         match fact:
             case AskPeers(nodes=nodes):
                 self._peers.ask(nodes)
@@ -296,11 +314,14 @@ class Agent:
                     context_tokens=fact.context_tokens, device=device or "cpu",
                     precision=fact.precision or None, precision_reason=fact.precision_reason or None,
                     adapters=list(fact.adapters[:ADAPTERS_MAX]), rates=fact.rates, can_pause=fact.can_pause,
+                    features_profile=fact.features_profile,
                 )  # fmt: skip
             case AdaptersChanged(names=names):
                 self._change_info(adapters=list(names[:ADAPTERS_MAX]))
             case RatesMeasured(rates=rates):
                 self._change_info(rates=rates)
+            case FeaturesProfiled(profile=profile):
+                self._change_info(features_profile=profile)
             case EngineLost():
                 self._change_info(slots=0)
             case DrainChanged(leave=leave):

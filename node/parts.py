@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mesh.brokers.contract import BrokerSettings
 from mesh.core import Fact
@@ -12,7 +12,7 @@ from mesh.topics import COSTS, EVENT, PROGRESS, RESULT, STATUS, STREAM, access_l
 from mesh.transport.identity import Identity
 from mesh.transport.interfaces import local_addresses
 from mesh.transport.mqtt import MqttBus
-from mesh.transport.streams import DEFAULT_PORT, PeerServer
+from mesh.transport.streams import DEFAULT_PORT, PeerServer, RouteDef
 from mesh.wire import PROTOCOL_MAX, PROTOCOL_MIN
 from node import __version__
 from node.broker_host import BrokerHost
@@ -23,22 +23,26 @@ from node.state import NodeSlot
 __all__ = ["broker_host_of", "bus_of", "info_of", "server_of"]
 
 
-def info_of(slot: NodeSlot, device: Profile, model: str | None) -> NodeInfo:
+def info_of(slot: NodeSlot, device: Profile, model: str | None, cache_bytes: int) -> NodeInfo:
     """Before anything is known but the machine: no addresses, no engine."""
     return NodeInfo(
         node=slot.node, incarnation=slot.incarnation, hostname=device.hostname, version=__version__,
         protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX, addresses=[], port=0,
         system=device.system, device="none", n_cpus=device.n_cpus,
         memory_bytes=device.memory_bytes, model=model, adapters=[], slots=0,
+        cache_bytes=cache_bytes,
     )  # fmt: skip
 
 
-def server_of(settings: Settings, identity: Identity, hello: Callable[[], PeerHello]) -> PeerServer:
+def server_of(
+    settings: Settings, identity: Identity, hello: Callable[[], PeerHello], routes: Iterable[RouteDef]
+) -> PeerServer:
     return PeerServer(
         identity.server_context(),
         hello,
         hosts=local_addresses(settings.interfaces) if settings.interfaces else None,
         port=settings.port or DEFAULT_PORT,
+        routes=routes,
     )
 
 

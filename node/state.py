@@ -6,12 +6,13 @@
                               lock        flock held for the process's life
                               node.json   {id, incarnation}
                               journal.db  mesh.journal
+                              features/   its share of the mesh's memory: may be removed at any time
                               *.pem       its certificate
                           clients/<name>/ certificates issued to people and scripts
            models/                        weights, shared by all meshes
            adapters/<name>/               adapters trained or put here, as ``peft`` writes them
            datasets/<sha256>.jsonl        tuning data too large to travel with their task
-           features/                      feature maps and checkpoints of tuning: may be removed at any time
+           features/                      checkpoints of tuning: may be removed at any time
 
 Several processes on one machine share the directory: a slot belongs to whoever holds its lock, and
 ``flock`` lets go when the process dies, however it dies. Files that matter are written beside their
@@ -90,6 +91,11 @@ class NodeSlot:
     @property
     def journal_path(self) -> Path:
         return self.path / "journal.db"
+
+    @property
+    def features_dir(self) -> Path:
+        """This node's share of the mesh's memory: two nodes of one machine are two shares."""
+        return self.path / "features"
 
     def identity(self, key: MeshKey) -> Identity:
         """This node's certificate in its slot, issued if it is not there yet.

@@ -41,6 +41,7 @@ from coordinator.facts import (
     AttemptText,
     EngineLost,
     EngineReady,
+    FeaturesProfiled,
     PauseAttempt,
     RatesMeasured,
     ResumeAttempt,
@@ -61,6 +62,7 @@ from node.compute.messages import (
     LoadFailed,
     Loading,
     Pause,
+    Profiled,
     Progress,
     Rates,
     Ready,
@@ -324,12 +326,15 @@ class ComputeWorker:
                         adapters=message.adapters,
                         rates=message.rates,
                         can_pause=message.can_pause,
+                        features_profile=message.features_profile,
                     )
                 )
             case Adapters(names=names):
                 self._learn(AdaptersChanged(tuple(names)))
             case Rates(rates=rates):
                 self._learn(RatesMeasured(rates))
+            case Profiled(profile=profile):
+                self._learn(FeaturesProfiled(profile))
             case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
                 self._spoken.append((time.monotonic(), n_tokens))
                 self._learn(AttemptText(task, attempt, text, n_tokens))
@@ -413,14 +418,15 @@ class ComputeWorker:
                 self.activity += f", tuning {furthest.fraction:.0%}"
 
 
-def load_of(model: str, settings: Settings, state: StateDir) -> Load:
-    """What a node with these settings tells its compute process."""
+def load_of(model: str, settings: Settings, state: StateDir, maps_dir: Path | None = None) -> Load:
+    """What a node with these settings tells its compute process. ``maps_dir``: of this node's packs."""
     return Load(
         model=model,
         models_dir=str(state.models_dir),
         adapters_dir=str(state.adapters_dir),
         datasets_dir=str(state.datasets_dir),
         features_dir=str(state.features_dir),
+        maps_dir=str(maps_dir) if maps_dir is not None else "",
         precision=settings.precision,
         threads=settings.threads,
         adapter_bytes=settings.adapter_memory,

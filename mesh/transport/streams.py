@@ -33,7 +33,9 @@ from mesh.messages.node import ADDRESSES_MAX
 from mesh.transport.identity import peer_name, wrong_key
 from mesh.wire import decode_json, encode_json
 
-__all__ = ["DEFAULT_PORT", "PeerClient", "PeerServer"]
+__all__ = ["DEFAULT_PORT", "PeerClient", "PeerServer", "RouteDef"]
+
+RouteDef = web.RouteDef
 
 log = logging.getLogger(__name__)
 

@@ -107,6 +107,7 @@ class Share:
         self._disk: PackDirectory | None = None
         self._is_full_said = False
         self._changes = 0
+        self._received: set[bytes] = set()  # bound: what ``held`` may say
         self._writes = threading.Lock()  # one pack at a time: a slow disk holds up those who put
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="share")
         if quota_bytes:
@@ -134,6 +135,12 @@ class Share:
                 if place.n_bytes <= BLOCK_BYTES_MAX:
                     found[key] = Known(key, place.digest, place.n_bytes)
             return found
+
+    def take_received(self) -> set[bytes]:
+        """The keys that came from peers since this was asked last."""
+        with self._lock:
+            received, self._received = self._received, set()
+            return received
 
     async def look(self) -> None:
         """Learn what other processes have written or removed, write what has waited, keep some room free."""
@@ -221,7 +228,7 @@ class Share:
 
     def _put(self, blocks: Sequence[Block]) -> list[PutVerdict]:
         verdicts: dict[bytes, PutVerdict] = {}
-        costs = {block.key: self._cost_s(block) for block in blocks}
+        costs = {block.key: self.cost_s(block) for block in blocks}
         worths = {block.key: self.worth(block.key) for block in blocks}
         is_free = self._is_disk_free(sum(len(block.payload) for block in blocks))
         with self._lock:
@@ -239,6 +246,7 @@ class Share:
                         gathered.blocks[block.key] = (kept, costs[block.key])
                         gathered.n_bytes += len(kept.payload) + ENTRY_BYTES
                         self._changes += 1
+                        self._received.add(block.key)
                         verdicts[block.key] = PutVerdict.STORED
                     else:
                         verdicts[block.key] = PutVerdict.HELD if self._has(block.key) else PutVerdict.NO_ROOM
@@ -333,7 +341,7 @@ class Share:
     def _weigh(self, places: Mapping[bytes, Place]) -> float:
         return sum(place.recompute_s * self.worth(key) for key, place in places.items())
 
-    def _cost_s(self, block: Block) -> float:
+    def cost_s(self, block: Block) -> float:
         """Who sent it did not say: as many tokens as its header has rows, at this node's pace."""
         try:
             n_tokens = Header.read(block.payload).n

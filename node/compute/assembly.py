@@ -10,10 +10,14 @@ from pathlib import Path
 
 from mesh.errors import ConfigError
 from mesh.messages import NodeRates, TuneSpec
+from mesh.messages.node import RATED_TOP_LAYERS
 from node.compute.adapters.facts import BackboneFacts
 from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Backbone
-from node.compute.features.shape import prove
+from node.compute.features.choice import FetchOrCompute
+from node.compute.features.link import MeshLink
+from node.compute.features.mesh_store import MeshStore
+from node.compute.features.proof import Proof
 from node.compute.features.store import LocalStore
 from node.compute.messages import Load
 from node.compute.model_engine import ModelEngine
@@ -23,9 +27,12 @@ from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
 from node.compute.tune.source import FeatureSource
 
-__all__ = ["measurement", "model_engine", "tokenizer_digest"]
+__all__ = ["FeatureMemory", "measurement", "model_engine", "tokenizer_digest"]
 
 log = logging.getLogger(__name__)
+
+# Of a node that does not know its rates: a small board's, so that what peers have is fetched.
+_GUESSED_TOKENS_PER_S = 100.0
 
 
 def model_engine(
@@ -36,9 +43,12 @@ def model_engine(
     backbone: Backbone,
     threads: int,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    memory: FeatureMemory | None = None,
 ) -> ModelEngine:
     """``directory`` holds the model, ``digest`` is its weights' SHA-256. A model outside the Llama family is
-    served without adapters and cannot be tuned. ``clock`` is what every duration is told by."""
+    served without adapters and cannot be tuned. ``clock`` is what every duration is told by. ``memory``:
+    where feature maps are found and kept; one without a mesh unless given."""
     tokens = Tokens(directory)
     try:
         facts = BackboneFacts.of(directory, digest)
@@ -46,7 +56,8 @@ def model_engine(
         log.info("no adapters: %s", error)
         return ModelEngine(names, backbone, tokens, threads, clock, why_plain=str(error))
     shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=backbone.device)
-    jobs = _Jobs(load, directory, digest, backbone, threads, clock)
+    memory = memory or FeatureMemory(load, backbone, threads)
+    jobs = _Jobs(load, directory, digest, backbone, threads, clock, memory)
     return ModelEngine(names, backbone, tokens, threads, clock, shelf=shelf, make_job=jobs.job)
 
 
@@ -63,6 +74,33 @@ def measurement(directory: Path, digest: str, backbone: Backbone, threads: int) 
     return measure
 
 
+class FeatureMemory:
+    """Where this process finds and keeps feature maps: memory, disk, and over ``link`` the mesh.
+
+    ``rates``: as far as known; what fetching is weighed against until something was computed. ``proof``: of
+    how ``backbone`` computes, ``None`` = nothing is kept of it.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        backbone: Backbone,
+        threads: int,
+        *,
+        link: MeshLink | None = None,
+        rates: NodeRates | None = None,
+        proof: Proof | None = None,
+    ) -> None:
+        tokens_per_s = (rates.features_tokens_per_s if rates is not None else None) or _GUESSED_TOKENS_PER_S
+        below = max(1, backbone.n_layers - RATED_TOP_LAYERS)
+        self.link = link
+        self.proof = proof or Proof(backbone, threads)
+        self.choice = FetchOrCompute(1 / (tokens_per_s * below), load.slowdown)
+        directory = Path(load.maps_dir) if load.maps_dir else Path(load.features_dir) / "maps"
+        local = LocalStore(directory, load.feature_memory_bytes, load.feature_disk_bytes)
+        self.store = MeshStore(local, link, self.choice, below)
+
+
 class _Jobs:
     """Tuning tasks on one backbone and one store of feature maps; both are made ready by the first."""
 
@@ -74,7 +112,9 @@ class _Jobs:
         backbone: Backbone,
         threads: int,
         clock: Callable[[], float],
+        memory: FeatureMemory,
     ) -> None:
+        self._memory = memory
         self._load = load
         self._directory = directory
         self._digest = digest
@@ -93,12 +133,13 @@ class _Jobs:
         if self._source is None:
             self._source = FeatureSource(
                 backbone=self._backbone,
-                store=LocalStore(features / "maps", load.feature_memory_bytes, load.feature_disk_bytes),
+                store=self._memory.store,
                 backbone_digest=self._digest,
                 tokenizer_digest=tokenizer_digest(self._directory),
-                numerics=prove(self._backbone, self._threads),
+                numerics=self._memory.proof.numerics(),
                 precision=self._backbone.precision,
                 store_bytes=load.feature_memory_bytes + load.feature_disk_bytes,
+                choice=self._memory.choice,
             )
         return TuneJob(
             spec,

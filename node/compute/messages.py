@@ -34,6 +34,7 @@ __all__ = [
     "NeedFeatures",
     "Pause",
     "Precision",
+    "Profiled",
     "Progress",
     "Rates",
     "Ready",
@@ -63,7 +64,7 @@ class Load:
     datasets_dir: str
     """Tuning data by their SHA-256."""
     features_dir: str
-    """Feature maps on disk, and checkpoints of tuning jobs."""
+    """Checkpoints of tuning jobs; feature maps, too, where there is no ``maps_dir``."""
     precision: Precision | Literal["auto"] = "auto"
     deadline_pressure: float = 0.0
     """Share of recent attempts that ran out of time: how much speed is worth when ``auto`` chooses."""
@@ -78,6 +79,8 @@ class Load:
     hold: Hold = "auto"
     """``top``: never load more than the ``top_layers`` highest layers; ``auto``: only if all find no room."""
     top_layers: int = 4
+    maps_dir: str = ""
+    """Where feature maps lie, which the node shares with others."""
     link_fd: int | None = None
     """Descriptor of this process's end of the link to the mesh, see ``node.compute.features.link``."""
 
@@ -145,7 +148,7 @@ class Ready:
     holds_reason: str = ""
     """Why not all, for people."""
     features_profile: str | None = None
-    """Precision and numerics of the feature maps it computes; ``None``: it computes none."""
+    """Precision and numerics of the feature maps it computes; ``None``: none, or not proven yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,13 @@ class Rates:
     """How fast it works, better known than before."""
 
     rates: NodeRates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled:
+    """How it computes feature maps, proven just now; see ``Ready.features_profile``."""
+
+    profile: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +237,7 @@ class Ended:
 CODEC = Codec(
     [
         *(Load, Run, Stop, Pause, Resume, FeaturesGiven, Loading, Ready, LoadFailed, Adapters, Rates),
-        *(Text, Progress, NeedFeatures, Ended),
+        *(Text, Profiled, Progress, NeedFeatures, Ended),
     ]
 )
 
