@@ -230,7 +230,7 @@ def test_cancelled_while_waiting_it_lets_go_of_everything(
     assert engine.start(run_of("b", **asked(text + "what?", adapter))) == []
     for _ in range(n_come + 8):
         engine.step()
-    (ended,) = engine.stop(Stop(task=TaskId("b"), attempt=1, reason="enough"))
+    assert len(engine.stop(Stop(task=TaskId("b"), attempt=1, reason="enough"))) == 1
     assert engine.due_s is None and not mesh.open
     assert len(engine.prefixes) == 0 and engine.prefixes.held_bytes == 0
     mesh.until = 1 << 30

@@ -12,6 +12,7 @@ the backbone computes in: that is exact for every type there is.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def layer_groups(n_layers: int, layer_bytes: int, bytes_max: int = GROUP_BYTES_M
     while 2 * size * layer_bytes <= bytes_max and size < n_layers:
         size *= 2
     bounds = [*range(n_layers, 0, -size), 0][::-1]
-    return tuple(range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
 def row_width(states: KeyValues) -> int:
