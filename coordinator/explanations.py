@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Final
 
@@ -115,6 +115,7 @@ def told_why(why: Why, verb: DecisionVerb, node: NodeId | None, age_s: float) ->
                     for name, s in list(candidate.parts.items())[:PARTS_MAX]
                     if (seconds := _seconds(s)) is not None
                 },
+                features=asdict(candidate.features) if candidate.features is not None else {},
             )
             for candidate in why.candidates[:CANDIDATES_MAX]
         ],

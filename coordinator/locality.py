@@ -76,15 +76,18 @@ class Locality:
         self._log_bytes_per_s: OrderedDict[NodeId, float] = OrderedDict()
 
     def learn(
-        self, spec: TuneSpec, held: FeaturesHeld, node: NodeId | None, model: str | None, now: float
+        self, submit: Submit, held: FeaturesHeld, node: NodeId | None, model: str | None, now: float
     ) -> list[str]:
         """A job has ended; the names (``name_of``) under which its features are known better now."""
         self._learn_fetch(held, node)
         if not held.sample_keys or not held.n_tokens or not held.n_bytes:
             return []
         keys = tuple(bytes.fromhex(key) for key in held.sample_keys)
-        # Who leaves the number of layers open is expected to get the same, and who asks for it, too.
-        specs = [spec] if spec.top_layers is not None else [spec, _with_layers(spec, held.top_layers)]
+        spec = submit.tune
+        assert spec is not None, "it has records"
+        specs = [spec] if held.top_layers < 1 else [replace(spec, top_layers=held.top_layers)]
+        if spec.top_layers is None and submit.kind == "tune":
+            specs.append(spec)  # who leaves the number of layers open is expected to get the same
         names = [name_of(one) for one in specs]
         for name in names:
             profiles = self._known.setdefault(name, {})
@@ -184,7 +187,3 @@ class Locality:
 def name_of(spec: TuneSpec) -> str:
     """What ``Work.reuses`` calls the features that the spec reads."""
     return f"features {features_identity(spec)}"
-
-
-def _with_layers(spec: TuneSpec, top_layers: int) -> TuneSpec:
-    return replace(spec, top_layers=top_layers) if top_layers >= 1 else spec

@@ -177,7 +177,7 @@ class Placing:
             return
         node = outcome.node
         info = self._cluster.get(node).info if node is not None else None
-        if not self._locality.learn(submit.tune, held, node, info.model if info else None, now):
+        if not self._locality.learn(submit, held, node, info.model if info else None, now):
             return
         if node is not None and node in self._dispatcher.nodes:
             self._changed_nodes[node] = None  # its link is known better

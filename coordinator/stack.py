@@ -81,7 +81,15 @@ def build_cores(
         Hosting(me=node, rng=_own(rng), now=now, external=external, may_host=may_host, config=hosting),
         Membership(me=me, info=info, now=now, config=membership),
         Election(me=node, fence=fence, rng=_own(rng), now=now, config=election),
-        Scheduler(me=node, fence=fence, store=store, rng=_own(rng), config=scheduler, policy=policy),
+        Scheduler(
+            me=node,
+            fence=fence,
+            store=store,
+            rng=_own(rng),
+            config=scheduler,
+            policy=policy,
+            claims=lambda holder, key: parts[6].claims(holder, key),
+        ),
         Holder(me=node, fence=fence, store=store),
         Worker(me=node, fence=fence, store=store, now=now, config=worker),
         Sharding(

@@ -83,10 +83,16 @@ def _why_not(
 
 
 def sentence(why: Why, node: NodeId, after: Running | None) -> str:
-    """The decision to start a task, in one sentence."""
+    """The decision to start a task, whose first candidate is the node, in one sentence."""
     spare = "no deadline" if why.laxity_s is None else f"{why.laxity_s:.1f} s to spare"
     order = f"first of {why.n_waiting + 1} by {why.policy}" if why.n_waiting else "nothing else waits"
     words = f"on {node}: {why.service_s:.1f} s expected, {spare}, value density {why.density:.3g}/s, {order}"
+    features = why.candidates[0].features if why.candidates else None
+    if features is not None:
+        words += (
+            f"; feature maps of {features.found:,.0f} tokens are there, of {features.fetched:,.0f} come from "
+            f"other nodes, of {features.computed:,.0f} are computed"
+        )
     return words if after is None else f"{words}; {after.job.task} gives way"
 
 

@@ -117,8 +117,8 @@ def start(
     )
     if books.config.explain:
         found = candidates_of(books.jobs, books.nodes, books.cost, row, node, now)
-        words = sentence(why, books.nodes.ids[node], after)
-        why = replace(why, candidates=found, n_candidates=len(books.nodes), words=words)
+        why = replace(why, candidates=found, n_candidates=len(books.nodes))
+        why = replace(why, words=sentence(why, books.nodes.ids[node], after))
     books.run(job, node, now, expected_s=why.service_s)
     books.nodes.joined(node, job.task, cost_s, service_s, now)
     return Start(task=job.task, node=books.nodes.ids[node], why=why, after=after.job.task if after else None)

@@ -147,6 +147,12 @@ class Sharding:
         """This node's own catalogue, for whoever asks its data plane: the last version told."""
         return self._exchange.writer.whole()
 
+    def claims(self, node: NodeId, key: bytes) -> bool:
+        """Whether ``node``, which may be this one, says that it has the key."""
+        if node == self._me:
+            return key in self._exchange.writer
+        return self.catalogues.claims(node, key)
+
     def holders(self, key: bytes, now: float) -> list[NodeId]:
         """Whom to ask for a key: those who say they have it, owners first; last, those in doubt.
 

@@ -51,15 +51,20 @@ class CandidateNode:
     """``None``: taken."""
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by part, such as ``prefill`` and ``decode``."""
+    features: dict[str, float] = field(default_factory=dict)
+    """Tokens whose feature maps would be ``found`` there, ``fetched`` from others, and ``computed``; empty
+    where the task needs none, or nobody knows where they are."""
 
     def __post_init__(self) -> None:
         check_id("node", self.node)
         check_seconds("service_s", self.service_s)
         check_text("why_not", self.why_not, WORDS_BYTES_MAX)
         _check_length("parts", self.parts, PARTS_MAX)
-        for name, seconds in self.parts.items():
-            check_text("parts", name, 64)
-            check_seconds(f"parts.{name[:64]}", seconds)
+        _check_length("features", self.features, PARTS_MAX)
+        for field_name, numbers in (("parts", self.parts), ("features", self.features)):
+            for name, number in numbers.items():
+                check_text(field_name, name, 64)
+                check_seconds(f"{field_name}.{name[:64]}", number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

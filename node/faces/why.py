@@ -93,6 +93,9 @@ def _candidate_row(candidate: CandidateNode) -> tuple[str, str, str, str, str]:
         for name, seconds in candidate.parts.items()
         if seconds >= 0.0005
     )
+    if candidate.features:
+        shares = ", ".join(f"{n:,.0f} {what}" for what, n in candidate.features.items() if n >= 0.5)
+        parts = f"{parts}{' · ' if parts else ''}features: {shares or 'none'}"
     takes = "–" if candidate.service_s is None else _seconds(candidate.service_s)
     return ("→" if candidate.why_not is None else "", candidate.node, takes, parts, candidate.why_not or "")
 
