@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from node.compute.tune.batches import Example, TuneTokens, encoded, rows_per_pie
 from node.compute.tune.checkpoint import Checkpoints
 from node.compute.tune.data import records_of
 from node.compute.tune.head_start import start_classifier
+from node.compute.tune.held import features_held
 from node.compute.tune.identity import spec_digest
 from node.compute.tune.methods import adapt, check_method
 from node.compute.tune.recipe import learning_rate
@@ -249,7 +250,9 @@ class TuneJob:
         texts = list(dict.fromkeys(example.ids for example in [*examples, *evaluation]))
         with maps.pinned(texts):
             if trainer.step < trainer.n_steps:
+                began_at = self._clock()
                 yield from self._features(maps, texts, trainer, why)
+                self._note_features(maps, texts, top_layers, self._clock() - began_at)
             if trainer.step == 0:
                 yield from self._start_head(trainer, examples, len(records.labels))
             yield from self._train(trainer, maps, evaluation, metrics, checkpoints, why)
@@ -308,6 +311,16 @@ class TuneJob:
                 trainer, maps, [], why, phase="features", fraction=share * reading.fraction, eta_s=eta_s
             )
             yield
+
+    def _note_features(
+        self, maps: FeatureMaps, texts: Sequence[tuple[int, ...]], top_layers: int, spent_s: float
+    ) -> None:
+        """For those who place the next job on these records."""
+        profile = f"{maps.space.precision} {maps.space.numerics}"
+        held = features_held(maps, texts, top_layers=top_layers, profile=profile)
+        # Where something was computed, too, nobody can say what of the time the fetching took.
+        fetch_s = spent_s if held.n_fetched and not held.n_computed else 0.0
+        self.held = replace(held, fetch_s=fetch_s)
 
     def _start_head(
         self, trainer: Trainer, examples: Sequence[Example], n_labels: int
