@@ -135,15 +135,19 @@ class SharedPrefixes:
 
     def read(self, sequence: Tokens, ids: Sequence[int]) -> None:
         """``ids`` of it have been read, and others may use them."""
+        arrival = self._arrivals.get(sequence)
+        if arrival is not None and arrival.is_over:
+            self._ended(sequence, arrival)
         if self._publisher is not None and sequence.reading is not None:
             levels = self.levels(self._prefixes.cuts)
             self._publisher.offer(sequence.reading, ids, tuple(levels), self._costs.row_s)
 
     def forget(self, sequence: Tokens) -> None:
         """It has ended."""
-        arrival = self._arrivals.pop(sequence, None)
+        arrival = self._arrivals.get(sequence)
         if arrival is not None:
             arrival.close()
+            self._ended(sequence, arrival)
 
     # ── between steps ───────────────────────────────────────────────────────────────────────────────
 
