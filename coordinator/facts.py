@@ -16,6 +16,7 @@ __all__ = [
     "DrainChanged",
     "EngineLost",
     "EngineReady",
+    "FeaturesProfiled",
     "PauseAttempt",
     "RatesMeasured",
     "ResumeAttempt",
@@ -38,6 +39,8 @@ class EngineReady:
     adapters: tuple[str, ...] = ()
     rates: NodeRates | None = None
     can_pause: bool = False
+    features_profile: str | None = None
+    """How it computes feature maps, if that is known already."""
 
 
 NODE_STOPS = "the node is stopping"
@@ -63,6 +66,13 @@ class RatesMeasured:
     """Shell to shell: how fast this node works, better known than when its engine was ready."""
 
     rates: NodeRates
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesProfiled:
+    """Shell to shell: how this node computes feature maps, known later than its engine was ready."""
+
+    profile: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -111,7 +111,8 @@ class ComputeWorker:
     """The shell around one compute process, which is told to ``load``.
 
     ``learn`` takes facts; it must not call back at once. ``serve_link`` serves the node's end of the link
-    over which a child reads from the mesh, made anew for each (see ``node.cache.link``).
+    over which a child reads from the mesh, made anew for each (see ``node.cache.link``). ``prepare`` is
+    awaited before each start, and says how far it is as ``Loading`` does.
     """
 
     def __init__(
@@ -122,7 +123,9 @@ class ComputeWorker:
         rng: Random | None = None,
         command: Sequence[str] = COMMAND,
         serve_link: Callable[[socket.socket], Coroutine[Any, Any, None]] | None = None,
+        prepare: Callable[[Callable[[str, float | None], None]], Awaitable[None]] | None = None,
     ) -> None:
+        self._prepare = prepare
         self._serve_link = serve_link
         self._load = load
         self._learn = learn
@@ -146,6 +149,11 @@ class ComputeWorker:
     @property
     def is_ready(self) -> bool:
         return self._ready is not None
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of what is loaded; empty before it is, and where there are no weights."""
+        return self._ready.digest if self._ready else ""
 
     @property
     def device(self) -> str | None:
@@ -196,6 +204,10 @@ class ComputeWorker:
         """Keep a child alive until cancelled, or until ``stop``."""
         quick_ends = 0
         while not self._stopping.is_set():
+            if self._prepare is not None:
+                await self._prepare(self._show_loading)
+                if self._stopping.is_set():
+                    return
             self._over.clear()
             try:
                 end = await self._live()
@@ -311,8 +323,7 @@ class ComputeWorker:
     def _on(self, message: object) -> None:
         match message:
             case Loading(text=text, fraction=fraction):
-                self.activity = text if fraction is None else f"{text} ({fraction:.0%})"
-                say(log, "loading", self.activity)
+                self._show_loading(text, fraction)
             case Ready():
                 self._ready = message
                 self._learn(
@@ -350,6 +361,12 @@ class ComputeWorker:
                     self._finish(assign, _outcome(assign, message))
                     self._change_if_pressed()
         self._describe()
+
+    def _show_loading(self, text: str, fraction: float | None) -> None:
+        activity = text if fraction is None else f"{text} ({fraction:.0%})"
+        if activity != self.activity:
+            self.activity = activity
+            say(log, "loading", activity)
 
     async def _log_lines(self, process: asyncio.subprocess.Process) -> None:
         assert process.stderr is not None

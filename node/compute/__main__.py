@@ -34,6 +34,7 @@ from node.compute.backbone.precision import (
 )
 from node.compute.echo import EchoEngine
 from node.compute.engine import Engine, Event
+from node.compute.features.link import MeshLink
 from node.compute.messages import (
     Adapters,
     Ended,
@@ -42,6 +43,7 @@ from node.compute.messages import (
     LoadFailed,
     Loading,
     Pause,
+    Profiled,
     Rates,
     Ready,
     Resume,
@@ -90,8 +92,9 @@ def main() -> int:
     if not isinstance(load, Load):
         raise DecodeError(f"the first message must be Load, got {type(load).__name__}")
     pace = Pace(load.slowdown)
+    link = MeshLink.of(load.link_fd) if load.link_fd is not None else None
     try:
-        loaded = _load(load, say, pace)
+        loaded = _load(load, say, pace, link)
     except ConfigError as error:
         say(LoadFailed(reason=str(error), is_permanent=True))
         return 1
@@ -120,6 +123,7 @@ def main() -> int:
             also_called=tuple(name for name in engine.names[1:] if name != engine.model),
             rates=slowed(loaded.rates, load.slowdown),
             can_pause=True,
+            features_profile=loaded.features_profile,
         )
     )
     _serve(engine, adapters, rates, pace, inbox, say)
@@ -141,6 +145,8 @@ class _Loaded:
     rated_as: RatedAs | None = None
     measure: Measure | None = None
     """``None``: there is nothing to measure, or it was measured at an earlier start."""
+    features_profile: str | None = None
+    """As far as known without computing now."""
 
 
 class _AdapterWatch:
@@ -224,7 +230,7 @@ def _listen(inbox: SimpleQueue[Any]) -> None:
     os._exit(0)
 
 
-def _load(load: Load, say: Say, pace: Pace) -> _Loaded:
+def _load(load: Load, say: Say, pace: Pace, link: MeshLink | None) -> _Loaded:
     """The engine, and what the node says of it.
 
     Raises:
@@ -246,10 +252,11 @@ def _load(load: Load, say: Say, pace: Pace) -> _Loaded:
     import torch
     from transformers import AutoConfig
 
-    from node.compute.assembly import measurement, model_engine
+    from node.compute.assembly import FeatureMemory, measurement, model_engine
     from node.compute.backbone.llama import LlamaBackbone
     from node.compute.backbone.load import best_device, load_backbone
     from node.compute.backbone.speed import measured_speeds
+    from node.compute.features.proof import Proof
 
     threads = load.threads or physical_cores()
     torch.set_num_threads(threads)
@@ -265,21 +272,31 @@ def _load(load: Load, say: Say, pace: Pace) -> _Loaded:
     progress(f"loading {source.display}", 0.9)
     names = tuple(dict.fromkeys((source.name, source.display)))  # a path is nobody's business
     digest = manifest.weights_sha256
-    engine = model_engine(load, names, directory, digest, backbone, threads, pace.clock)
     rated_as = RatedAs(digest=digest, precision=backbone.precision, device=device, threads=threads)
     kept = read_rates(home, rated_as)
     can_tune = LlamaBackbone.can_run(config)
     speed = read_speeds(home).get(precision)
+    rates = kept or guessed_rates(backbone.weight_bytes, backbone.n_layers, can_tune, speed)
+    proof = Proof(
+        backbone,
+        threads,
+        home=home,
+        rated_as=rated_as,
+        on_proven=lambda profile: say(Profiled(profile=profile)),
+    )
+    memory = FeatureMemory(load, backbone, threads, link=link, rates=rates, proof=proof)
+    engine = model_engine(load, names, directory, digest, backbone, threads, pace.clock, memory=memory)
     return _Loaded(
         engine=engine,
         digest=digest,
         precision=backbone.precision,
         precision_reason=reason,
         adapters=engine.adapters,
-        rates=kept or guessed_rates(backbone.weight_bytes, backbone.n_layers, can_tune, speed),
+        rates=rates,
         home=home,
         rated_as=rated_as,
         measure=None if kept else measurement(directory, digest, backbone, threads),
+        features_profile=proof.profile,
     )
 
 

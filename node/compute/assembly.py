@@ -19,12 +19,13 @@ from node.compute.features.link import MeshLink
 from node.compute.features.mesh_store import MeshStore
 from node.compute.features.proof import Proof
 from node.compute.features.store import LocalStore
-from node.compute.messages import Load
+from node.compute.messages import Load, Run
 from node.compute.model_engine import ModelEngine
 from node.compute.rate_watch import Measure
 from node.compute.self_benchmark import SelfBenchmark
 from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
+from node.compute.tune.making import FeaturesJob
 from node.compute.tune.source import FeatureSource
 
 __all__ = ["FeatureMemory", "measurement", "model_engine", "tokenizer_digest"]
@@ -58,7 +59,10 @@ def model_engine(
     shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=backbone.device)
     memory = memory or FeatureMemory(load, backbone, threads)
     jobs = _Jobs(load, directory, digest, backbone, threads, clock, memory)
-    return ModelEngine(names, backbone, tokens, threads, clock, shelf=shelf, make_job=jobs.job)
+    return ModelEngine(
+        names, backbone, tokens, threads, clock,
+        shelf=shelf, make_job=jobs.job, make_features=lambda run, left_s: jobs.features(run, tokens),
+    )  # fmt: skip
 
 
 def measurement(directory: Path, digest: str, backbone: Backbone, threads: int) -> Measure:
@@ -130,6 +134,39 @@ class _Jobs:
         ConfigError: The task cannot be done as asked.
         """
         load, features = self._load, Path(self._load.features_dir)
+        source = self._feature_source()
+        return TuneJob(
+            spec,
+            directory=self._directory,
+            digest=self._digest,
+            shelf_dir=Path(load.adapters_dir),
+            checkpoint_dir=features / "checkpoints",
+            maps_factory=source,
+            features_name=_profile(source),
+            datasets_dir=Path(load.datasets_dir),
+            threads=self._threads,
+            deadline_s=deadline_s,
+            clock=self._clock,
+        )
+
+    def features(self, run: Run, tokens: Tokens) -> FeaturesJob:
+        """Raises:
+        ConfigError: The task cannot be done as asked.
+        """
+        source = self._feature_source()
+        return FeaturesJob(
+            run.submit,
+            directory=self._directory,
+            maps_factory=source,
+            tokens=tokens,
+            profile=_profile(source),
+            datasets_dir=Path(self._load.datasets_dir),
+            threads=self._threads,
+            clock=self._clock,
+        )
+
+    def _feature_source(self) -> FeatureSource:
+        load = self._load
         if self._source is None:
             self._source = FeatureSource(
                 backbone=self._backbone,
@@ -141,19 +178,12 @@ class _Jobs:
                 store_bytes=load.feature_memory_bytes + load.feature_disk_bytes,
                 choice=self._memory.choice,
             )
-        return TuneJob(
-            spec,
-            directory=self._directory,
-            digest=self._digest,
-            shelf_dir=Path(load.adapters_dir),
-            checkpoint_dir=features / "checkpoints",
-            maps_factory=self._source,
-            features_name=f"{self._source.precision} {self._source.numerics.text}",
-            datasets_dir=Path(load.datasets_dir),
-            threads=self._threads,
-            deadline_s=deadline_s,
-            clock=self._clock,
-        )
+        return self._source
+
+
+def _profile(source: FeatureSource) -> str:
+    """As ``NodeInfo.features_profile`` says it."""
+    return f"{source.precision} {source.numerics.text}"
 
 
 def tokenizer_digest(directory: Path) -> str:
