@@ -65,6 +65,7 @@ from node.cache.assembly import NodeCache
 from node.compute.models import DEFAULT_MODEL, resolve
 from node.faces.view import View, ViewBuilder
 from node.fact_log import log_fact
+from node.files.assembly import NodeFiles
 from node.logs import say, set_up
 from node.parts import broker_host_of, bus_of, info_of, server_of
 from node.peers import PROBE_TIMEOUT_S, Peers
@@ -140,6 +141,7 @@ class Agent:
         self._model = (settings.model or DEFAULT_MODEL) if settings.compute else None
         model_name = resolve(self._model).name if self._model is not None else None
         identity = slot.identity(key)
+        self._files = NodeFiles(self.node, settings, state, self._model)
         self._cache = NodeCache(
             me=self.node,
             identity=identity,
@@ -149,6 +151,7 @@ class Agent:
             peers=lambda: self._peers,
             info=lambda: self._info,
             learn=lambda fact: self._driver.learn(fact),
+            files=self._files.blobs,
         )
         self._server = server_of(settings, identity, self._hello, self._cache.server.routes())
         self._client = PeerClient(identity.client_context())
@@ -195,7 +198,13 @@ class Agent:
                 load_of(self._model, settings, state, slot.features_dir),
                 learn=self._driver.learn,
                 serve_link=self._cache.serve_link,
+                prepare=self._files.seek_model,
             )
+        self._files.connect(
+            versions=self.cores.versions, bulk=self._cache.client, where=self._cache.where,
+            incarnation=lambda: self.cores.membership.state.incarnation,
+            is_joined=lambda: self._has_joined, learn=self._driver.learn,
+        )  # fmt: skip
         self._discovery: Discovery | None = None
         self._advert_changed = asyncio.Event()
         self._has_joined = False
@@ -252,6 +261,7 @@ class Agent:
                 group.create_task(self.bus.run(), name="bus"),
                 group.create_task(self._peers.run(), name="peers"),
                 group.create_task(self._cache.run(), name="cache"),
+                group.create_task(self._files.run(), name="files"),
                 group.create_task(self._watch_discovery(), name="discovery"),
                 group.create_task(self._announce(), name="announce"),
                 group.create_task(self._report(), name="report"),
@@ -295,6 +305,7 @@ class Agent:
         self._view.learn(fact, time.monotonic())
         log_fact(log, fact, self.node)
         self._cache.on_fact(fact)
+        self._files.on_fact(fact)
         match fact:
             case AskPeers(nodes=nodes):
                 self._peers.ask(nodes)
@@ -308,6 +319,7 @@ class Agent:
                 if self._worker is not None:
                     self._worker.carry_out(fact)
             case EngineReady():
+                self._files.engine_is_ready(self._worker.weights_sha256 if self._worker is not None else "")
                 device = self._worker.device if self._worker is not None else "none"
                 self._change_info(
                     model=fact.model, also_called=list(fact.also_called), slots=fact.slots,

@@ -50,6 +50,7 @@ TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
+AdapterReplicas = Literal["auto", "all", "demand"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -90,7 +91,10 @@ class Settings:
     threads: int | None = None
     """``None``: as many as there are physical cores."""
     adapter_memory: int = 512_000_000
-    """Bytes, as the next two."""
+    """Bytes, as all sizes here."""
+    adapter_disk: int = 1_000_000_000
+    """For adapters pulled from other nodes and for older versions."""
+    adapter_replicas: AdapterReplicas = "auto"
     feature_memory: int = 512_000_000
     feature_disk: int = 4_000_000_000
     slowdown: float = 1.0
@@ -332,6 +336,10 @@ TABLE: tuple[Setting, ...] = (
             help="Most threads to compute with; fewer while others need them [default: all cores]."),
     Setting(name="adapter_memory", parse=_size, metavar="SIZE",
             help="Memory for adapters; those not in use leave first [default: 512MB]."),
+    Setting(name="adapter_disk", parse=_size, metavar="SIZE",
+            help="Disk space for adapters from other nodes; unused ones leave first [default: 1GB]."),
+    Setting(name="adapter_replicas", parse=_one_of("auto", "all", "demand"), metavar="auto|all|demand",
+            help="Which adapters of the mesh to have here; auto: those up to 32 MB [default: auto]."),
     Setting(name="feature_memory", parse=_size, metavar="SIZE",
             help="Memory for feature maps, the cache of tuning [default: 512MB]."),
     Setting(name="feature_disk", parse=_size, metavar="SIZE",

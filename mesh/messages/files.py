@@ -118,10 +118,13 @@ class ModelHeld:
     manifest_bytes: int
     bytes: int
     weights_sha256: str
+    source: str = ""
+    """What it was made from, such as ``hub:org/name``; empty for a file of that machine."""
     also_called: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_text("name", self.name, 256)
+        check_text("source", self.source, 512)
         _check_digest("digest", self.digest)
         _check_digest("weights_sha256", self.weights_sha256)
         check_count("manifest_bytes", self.manifest_bytes, MANIFEST_BYTES_MAX, least=1)

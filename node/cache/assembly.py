@@ -10,6 +10,7 @@ from typing import Self
 
 from coordinator.stack import Cores
 from mesh.agreement.membership import Standing
+from mesh.cache.moves import MovesConfig
 from mesh.cache.ring import RingEpoch
 from mesh.cache.sharding import Sharding
 from mesh.core import Fact
@@ -26,6 +27,7 @@ from node.cache.rounds import Rounds
 from node.cache.share import Share
 from node.cache.stats import TierCount
 from node.compute.features.link import Tally, Tier
+from node.files.blobs import FileBlobs, WithFiles
 from node.peers import Peers
 
 __all__ = ["NodeCache"]
@@ -41,6 +43,7 @@ class NodeCache:
         directory: Of this node's packs.
         cores, peers: Asked when needed: they are made after the data plane.
         info: What this node says of itself now.
+        files: What it gives to peers beside its packs.
         learn: Takes facts for the cores.
     """
 
@@ -55,6 +58,8 @@ class NodeCache:
         peers: Callable[[], Peers],
         info: Callable[[], NodeInfo],
         learn: Callable[[Fact], None],
+        files: FileBlobs | None = None,
+        moves: MovesConfig | None = None,
     ) -> None:
         def sharding() -> Sharding:
             return cores().sharding
@@ -65,12 +70,19 @@ class NodeCache:
         self._info = info
         self.share = Share(directory, quota_bytes, pace=self._tokens_per_s)
         self.client = BulkClient(identity.client_context(), self._epoch)
-        self.server = BulkServer(self.share, self._epoch, catalogue=lambda: MESH.encode(sharding().whole()))
+        store = self.share if files is None else WithFiles(self.share, files)
+        self.server = BulkServer(store, self._epoch, catalogue=lambda: MESH.encode(sharding().whole()))
         self.reads = MeshCache(
             me=me, knowledge=sharding, client=self.client, share=self.share, where=self.where
         )
         self.rounds = Rounds(
-            me=me, knowledge=sharding, client=self.client, share=self.share, where=self.where, learn=learn
+            me=me,
+            knowledge=sharding,
+            client=self.client,
+            share=self.share,
+            where=self.where,
+            learn=learn,
+            moves=moves,
         )
         self.share.worth = self.rounds.worth
         self._link = LinkServer(self.reads, profiles=self._profiles, on_tally=self._on_tally)

@@ -7,6 +7,7 @@ A model is asked for by one name, whatever it is:
     org/name                a model of the Hugging Face hub
     ./dir, /path/to/dir     a local directory as ``save_pretrained`` writes it
     ./file.gguf             a local GGUF file
+    mesh:name               whatever other nodes of the mesh serve under that name
 
 What is not a directory already is converted once into ``<models_dir>/<slug>/``: safetensors, config,
 tokenizer, chat template and a manifest with digests. ``prepare`` promises:
@@ -45,6 +46,8 @@ __all__ = [
     "ModelRow",
     "Progress",
     "Source",
+    "adopt",
+    "described",
     "echo_rate",
     "list_models",
     "prepare",
@@ -105,7 +108,7 @@ DEFAULT_MODEL = "smollm2-135m"
 class Source:
     """Where a name leads. ``name`` is what the mesh calls the model, ``slug`` its directory."""
 
-    kind: Literal["catalogue", "echo", "hub", "directory", "gguf"]
+    kind: Literal["catalogue", "echo", "hub", "directory", "gguf", "mesh"]
     name: str
     slug: str
     display: str
@@ -147,6 +150,13 @@ def resolve(name: str) -> Source:
     if name == "echo" or name.startswith("echo:"):
         echo_rate(name)
         return Source("echo", name, "echo", "echo")
+    kind, separator, called = name.partition(":")
+    if kind == "mesh" and separator:
+        if not called or len(called) > 256:
+            raise ConfigError(
+                f"model {name!r}: after 'mesh:' comes the name of a model that other nodes serve"
+            )
+        return Source("mesh", called, _slug(called, name), called)
     for entry in CATALOGUE.values():
         if name.lower() in (entry.name, entry.display.lower()):
             return Source("catalogue", entry.name, entry.name, entry.display)
@@ -167,7 +177,8 @@ def resolve(name: str) -> Source:
         return Source("hub", name, _slug(name, name), name)
     raise ConfigError(
         f"no model {name!r}. Give one of {', '.join(sorted(CATALOGUE))}, echo; "
-        "or a hub id (org/name), a directory with config.json, or a .gguf file"
+        "or a hub id (org/name), a directory with config.json, a .gguf file, or mesh:NAME for one that other "
+        "nodes serve"
     )
 
 
@@ -243,6 +254,48 @@ def prepare(
     return directory, manifest
 
 
+def adopt(source: Source, models_dir: Path, partial: Path, weights_sha256: str) -> bool:
+    """Whether ``partial``, a directory with all files of a model, is what ``source`` leads to now.
+
+    Its weights must have the digest; else nothing has changed.
+
+    Raises:
+        OSError: The disk fails.
+    """
+    home = models_dir / source.slug
+    with _lock(models_dir / f".{source.slug}.lock", source, lambda text, fraction: None):
+        if read_manifest(home) is not None:
+            return True  # another node of this machine was faster
+        weights = sorted(partial.glob("*.safetensors"))
+        if not weights or _sha256(weights) != weights_sha256:
+            return False
+        _finish(
+            Manifest(
+                name=source.name,
+                display=source.display,
+                source=described(source),
+                source_sha256=None,
+                weights_sha256=weights_sha256,
+                weight_bytes=sum(file.stat().st_size for file in weights),
+                file_bytes={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+            ),
+            partial,
+            home,
+        )
+        return True
+
+
+def _finish(manifest: Manifest, partial: Path, home: Path) -> None:
+    (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if home.exists():
+        shutil.rmtree(home)  # damaged, or of other weights
+    partial.rename(home)
+    _sync(home.parent)
+
+
 def _make(
     source: Source,
     models_dir: Path,
@@ -253,6 +306,10 @@ def _make(
     """Under the lock: whatever an interrupted conversion left is garbage."""
     for stale in models_dir.glob(f".{source.slug}.*.partial"):
         shutil.rmtree(stale, ignore_errors=True)
+    if source.kind == "mesh":
+        raise UnreachableError(
+            f"no node of the mesh gave model {source.name!r}: `edgemesh nodes` shows what each serves"
+        )
     partial = Path(tempfile.mkdtemp(prefix=f".{source.slug}.", suffix=".partial", dir=models_dir))
     try:
         gguf = source.path if source.kind == "gguf" else None
@@ -281,20 +338,13 @@ def _make(
         manifest = Manifest(
             name=source.name,
             display=source.display,
-            source=_described(source),
+            source=described(source),
             source_sha256=source_sha256,
             weights_sha256=_sha256(weights),
             weight_bytes=sum(file.stat().st_size for file in weights),
             file_bytes={file.name: file.stat().st_size for file in sorted(partial.iterdir())},
         )
-        (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        if home.exists():
-            shutil.rmtree(home)  # damaged, or of other weights
-        partial.rename(home)
-        _sync(models_dir)
+        _finish(manifest, partial, home)
         return manifest
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after the rename there is nothing here
@@ -337,10 +387,13 @@ def _fetch(entry: Entry, into: Path, progress: Progress) -> Path:
 
 def _is_outdated(source: Source, manifest: Manifest) -> bool:
     """Whether a local path holds other weights now than when the manifest was written."""
-    return source.path is not None and manifest.source != _described(source)
+    return source.path is not None and manifest.source != described(source)
 
 
-def _described(source: Source) -> str:
+def described(source: Source) -> str:
+    """What a model was made from, in one line; for local files with their sizes and times of change."""
+    if source.kind == "mesh":
+        return f"mesh:{source.name}"
     if source.kind == "catalogue":
         entry = CATALOGUE[source.name]
         return f"pypi:{entry.package}=={entry.version}:{entry.member}"

@@ -1,0 +1,442 @@
+"""The adapters' directory of this machine: notices what is new, installs, removes, makes room.
+
+    <adapters>/<name>/              what is served under the name; peft's directories may be copied here
+    <adapters>/.mesh/index.json     versions, see ``index``
+                     versions/<digest>/   every version kept, older ones too; the files are hard links
+                     partial/<random>/    what is arriving
+
+A directory that appears, or is replaced, is a new version of its name. Of what was pulled, the versions
+unused for longest make room within the quota; what was made here never leaves by itself.
+
+Blocking, and for any thread or process: the index is held while something changes. Reads of the directory
+are cheap, since nothing is opened while neither it nor the index has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mesh.agreement.versions import Newest, rank_of
+from mesh.errors import ConfigError
+from mesh.ids import is_id
+from mesh.messages.files import (
+    ADAPTERS_HELD_MAX,
+    REMOVED_MAX,
+    VERSION_MAX,
+    AdapterHeld,
+    AdapterRemoved,
+)
+from node.compute.adapters.card import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config
+from node.durable import replace_directory
+from node.files.file_list import ADAPTER_FILES, FileList
+from node.files.index import Identity, Index, Kept, Removal, ShelfPlace, open_index
+
+__all__ = ["REMEMBERED_S", "Holdings", "Library"]
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_S = 30 * 24 * 3600.0
+"""How long a removal is remembered: a node that is away for longer brings its copy back."""
+LEFT_OVER_S = 3600.0
+"""No pull takes so long between two files; another node of this machine may be at one."""
+LEFT_EVERY_S = 60.0
+"""How exactly it is known how long removals are still remembered."""
+OLDER_KEPT_MAX = 2
+"""Versions of a name beside the one that is served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What is here, as of one look."""
+
+    adapters: tuple[AdapterHeld, ...] = ()
+    """Newest use first; those on the shelf before older versions."""
+    removed: tuple[AdapterRemoved, ...] = ()
+    shelf: Mapping[str, AdapterHeld] = field(default_factory=dict)
+    declined: Mapping[str, int] = field(default_factory=dict)
+    blobs: Mapping[bytes, Path | bytes] = field(default_factory=dict)
+
+
+class Library:
+    """``now`` is this machine's calendar, in seconds."""
+
+    def __init__(
+        self, directory: Path, *, quota_bytes: int = 0, now: Callable[[], float] = time.time
+    ) -> None:
+        self.directory = directory
+        self.home = directory / ".mesh"
+        self._quota_bytes = quota_bytes
+        self._now = now
+        self._used: dict[str, float] = {}
+        self._used_lock = threading.Lock()
+        self._last: tuple[object, Holdings] | None = None
+        self._missing: set[str] = set()
+        """Not there at the last look: a directory that is being replaced is not there for an instant."""
+
+    # ── looking ─────────────────────────────────────────────────────────────────────────────────────
+
+    def look(self, newest: Mapping[str, Newest], base: str | None = None) -> Holdings:
+        """What is here now, after taking in what is new in the directory and removed in the mesh.
+
+        Args:
+            newest: What the mesh says each name stands for.
+            base: The backbone served here, taken for that of adapters which do not say.
+
+        Raises:
+            OSError: The directory cannot be read or written.
+        """
+        seen = self._seen()
+        gone = {name: one.version for name, one in newest.items() if one.held is None}
+        rest = (gone, base, int(self._now() // LEFT_EVERY_S))
+        if self._last is not None and self._last[0] == (seen, self._stamp(), rest) and not self._used:
+            return self._last[1]
+        with open_index(self.home) as index:
+            self._note_uses(index)
+            for name, identity in seen.items():
+                place = index.shelf.get(name)
+                if place is None or place.identity != identity:
+                    self._take_in(index, name, identity, newest.get(name))
+            missing = {name for name in index.shelf if name not in seen}
+            for name in missing & self._missing:
+                self._decline(index, name)  # somebody removed the directory by hand
+            self._missing = missing - self._missing
+            for name, one in newest.items():
+                if one.held is None:
+                    self._bury(index, name, one.version, self._now() + min(one.left_s, REMEMBERED_S))
+            self._forget_old(index)
+            holdings = self._holdings(index, base)
+        self._last = None if self._missing else ((seen, self._stamp(), rest), holdings)
+        return holdings
+
+    def used(self, name: str) -> None:
+        """Somebody asked for the adapter. Written down at the next look."""
+        with self._used_lock:
+            self._used[name] = self._now()
+
+    def next_version(self, name: str, newest: Newest | None) -> int:
+        """The number of a version made now."""
+        with open_index(self.home) as index:
+            return self._next_version(index, name, "", newest)
+
+    def _seen(self) -> dict[str, Identity]:
+        found: dict[str, Identity] = {}
+        try:
+            entries = list(os.scandir(self.directory))
+        except FileNotFoundError:
+            return {}
+        for entry in entries:
+            if is_id(entry.name) and (Path(entry.path) / CONFIG_FILE).is_file():
+                found[entry.name] = _identity(Path(entry.path))
+        return found
+
+    def _stamp(self) -> tuple[int, int]:
+        try:
+            status = (self.home / "index.json").stat()
+        except OSError:
+            return (0, 0)
+        return (status.st_ino, status.st_mtime_ns)
+
+    def _take_in(self, index: Index, name: str, identity: Identity, newest: Newest | None) -> None:
+        """A directory that is new, or holds other files than before."""
+        path = self.directory / name
+        try:
+            files = FileList.of(path / file for file in ADAPTER_FILES if (path / file).is_file())
+        except OSError as error:
+            log.warning("adapter %s cannot be read: %s", name, error)
+            return
+        if _identity(path) != identity or not any(file.name == WEIGHTS_FILE for file in files.files):
+            return  # it is still being written: next time
+        digest = files.blob.digest.hex()
+        place = index.shelf.get(name)
+        kept: Kept | None = index.kept.get((name, digest))
+        if kept is None or (place is not None and place.digest != digest):
+            version = self._next_version(index, name, digest, newest)
+            kept = Kept(held=_described(path, name, version, files), files=files.content.decode(),
+                        used_at=self._now())  # fmt: skip
+            log.info("adapter_version name=%s version=%d digest=%s", name, version, digest[:12])
+        self._link(path, self._version_path(digest))
+        index.kept[kept.key] = kept
+        index.shelf[name] = ShelfPlace(digest, identity)
+        index.declined.pop(name, None)
+        self._trim(index, name)
+
+    @staticmethod
+    def _next_version(index: Index, name: str, digest: str, newest: Newest | None) -> int:
+        if newest is not None and newest.held is not None and newest.held.digest == digest:
+            return newest.version
+        here = [kept.held.version for (of, _), kept in index.kept.items() if of == name]
+        removal = index.removed.get(name)
+        known = [*here, removal.version if removal else 0, newest.version if newest else 0]
+        known.append(index.declined.get(name, 0))
+        return min(max(known) + 1, VERSION_MAX)
+
+    def _holdings(self, index: Index, base: str | None) -> Holdings:
+        blobs: dict[bytes, Path | bytes] = {}
+        ordered = sorted(index.kept.values(), key=lambda kept: (not index.is_current(kept), -kept.used_at))
+        for kept in ordered:
+            content = kept.files.encode()
+            blobs[bytes.fromhex(kept.held.digest)] = content
+            for file in FileList.parse(content, lambda name: name in ADAPTER_FILES).files:
+                blobs[file.digest] = self._version_path(kept.held.digest) / file.name
+
+        def told(held: AdapterHeld) -> AdapterHeld:
+            return replace(held, base=base) if held.base is None and held.is_own else held
+
+        now = self._now()
+        removed = sorted(index.removed.items(), key=lambda one: -one[1].until)[:REMOVED_MAX]
+        return Holdings(
+            adapters=tuple(told(kept.held) for kept in ordered[:ADAPTERS_HELD_MAX]),
+            removed=tuple(
+                AdapterRemoved(name=name, version=one.version, left_s=max(0.0, one.until - now))
+                for name, one in removed
+            ),
+            shelf={
+                name: told(current.held)
+                for name in index.shelf
+                if (current := index.current(name)) is not None
+            },
+            declined=dict(index.declined),
+            blobs=blobs,
+        )
+
+    def _note_uses(self, index: Index) -> None:
+        with self._used_lock:
+            used, self._used = self._used, {}
+        for name, used_at in used.items():
+            if (kept := index.current(name)) is not None:
+                index.kept[kept.key] = replace(kept, used_at=used_at)
+
+    # ── installing ──────────────────────────────────────────────────────────────────────────────────
+
+    def partial(self) -> Path:
+        """A new, empty directory for what arrives.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        path = self.home / "partial" / secrets.token_hex(8)
+        path.mkdir(mode=0o700, parents=True)
+        return path
+
+    def sweep(self) -> int:
+        """Remove what an earlier life of any node here left half-way; how many bytes that was."""
+        n_bytes = 0
+        for path in (self.home / "partial").glob("*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > LEFT_OVER_S:
+                    n_bytes += sum(file.stat().st_size for file in path.glob("*"))
+                    shutil.rmtree(path, ignore_errors=True)
+        return n_bytes
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Within the quota, without anything leaving but older versions."""
+        with open_index(self.home) as index:
+            return self._make_room(index, n_bytes, False, (), is_trial=True)
+
+    def install(
+        self,
+        held: AdapterHeld,
+        files: FileList,
+        partial: Path,
+        *,
+        is_wanted: bool,
+        is_own: bool = False,
+        only_here: Container[str] = (),
+    ) -> str | None:
+        """Serve what arrived in ``partial`` under ``held.name``; ``None``, or why it is not.
+
+        ``is_wanted``: somebody asked for it, so pulled adapters that nobody used lately make room, but not
+        the versions ``only_here``, by their digests.
+
+        Raises:
+            OSError: The disk takes no more.
+        """
+        name, path = held.name, self.directory / held.name
+        try:
+            with open_index(self.home) as index:
+                removal, place, current = index.removed.get(name), index.shelf.get(name), index.current(name)
+                if removal is not None and removal.version >= held.version:
+                    return "it was removed meanwhile"
+                if place is not None and place.identity != _identity(path):
+                    return "the directory here has just changed: a look at it comes first"
+                if place is None and path.exists():
+                    return f"{path} is in the way"
+                if current is not None and current.rank >= rank_of(held.version, held.digest):
+                    return None  # another process of this machine was faster
+                if not is_own and not self._make_room(index, held.bytes, is_wanted, only_here):
+                    return "no room: see the setting adapter_disk"
+                version = self._version_path(held.digest)
+                if not version.exists():
+                    version.parent.mkdir(mode=0o700, exist_ok=True)
+                    replace_directory(partial, version)
+                draft = self.home / "partial" / secrets.token_hex(8)
+                self._link(version, draft)
+                replace_directory(draft, path)
+                kept = Kept(held=replace(held, is_own=is_own), files=files.content.decode(),
+                            used_at=self._now())  # fmt: skip
+                index.kept[kept.key] = kept
+                index.shelf[name] = ShelfPlace(held.digest, _identity(path))
+                index.declined.pop(name, None)
+                self._trim(index, name)
+                return None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _link(self, source: Path, target: Path) -> None:
+        """The same files in another directory, on the disk once where the file system can do that."""
+        if target.exists():
+            return
+        draft = self.home / "partial" / secrets.token_hex(8)
+        draft.mkdir(mode=0o700, parents=True)
+        for name in ADAPTER_FILES:
+            if (source / name).is_file():
+                try:
+                    os.link(source / name, draft / name)
+                except OSError:
+                    shutil.copy2(source / name, draft / name)
+        if target.parent == draft.parent:
+            draft.rename(target)
+        else:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_directory(draft, target)
+
+    # ── removing ────────────────────────────────────────────────────────────────────────────────────
+
+    def remove(self, name: str, version: int) -> None:
+        """For the whole mesh: versions up to this one are gone, here and wherever this is heard.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        with open_index(self.home) as index:
+            self._bury(index, name, version, self._now() + REMEMBERED_S)
+
+    def remove_here(self, name: str) -> bool:
+        """On this machine only: it is not pulled again before there is a newer version.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        with open_index(self.home) as index:
+            was_here = name in index.shelf or (self.directory / name).exists()
+            self._decline(index, name)
+            self.discard(self.directory / name)
+            return was_here
+
+    def _bury(self, index: Index, name: str, version: int, until: float) -> None:
+        known = index.removed.get(name)
+        is_news = known is None or known.version < version
+        if is_news or (known is not None and known.version == version and until < known.until):
+            index.removed[name] = Removal(version, until)
+        current, path = index.current(name), self.directory / name
+        if current is not None and current.held.version <= version:
+            # What was put there since the last look is newer than what is removed.
+            if _identity(path) == index.shelf.pop(name).identity:
+                self.discard(path)
+            log.info("adapter_removed name=%s version=%d", name, version)
+        self._drop(index, [
+            kept for (of, _), kept in index.kept.items() if of == name and kept.held.version <= version
+        ])  # fmt: skip
+
+    def _decline(self, index: Index, name: str) -> None:
+        versions = [kept for (of, _), kept in index.kept.items() if of == name]
+        if versions:
+            index.declined[name] = max(kept.held.version for kept in versions)
+        index.shelf.pop(name, None)
+        self._drop(index, versions)
+
+    def _forget_old(self, index: Index) -> None:
+        now = self._now()
+        for name in [name for name, one in index.removed.items() if one.until <= now]:
+            del index.removed[name]
+        while len(index.removed) > REMOVED_MAX:
+            del index.removed[min(index.removed, key=lambda name: index.removed[name].until)]
+
+    def _trim(self, index: Index, name: str) -> None:
+        older = [kept for (of, _), kept in index.kept.items() if of == name and not index.is_current(kept)]
+        older.sort(key=lambda kept: kept.rank, reverse=True)
+        self._drop(index, older[OLDER_KEPT_MAX:])
+
+    def _drop(self, index: Index, versions: Iterable[Kept]) -> None:
+        for kept in list(versions):
+            del index.kept[kept.key]
+            if not any(digest == kept.held.digest for _, digest in index.kept):
+                self.discard(self._version_path(kept.held.digest))
+
+    def _make_room(
+        self, index: Index, n_bytes: int, evicts: bool, only_here: Container[str], *, is_trial: bool = False
+    ) -> bool:
+        """Whether ``n_bytes`` more fit; what had to leave for that has left."""
+        if n_bytes > self._quota_bytes:
+            return False
+        by_use = sorted(index.kept.values(), key=lambda kept: kept.used_at)
+        older = [kept for kept in by_use if not index.is_current(kept)]
+        pulled = [kept for kept in by_use if index.is_current(kept) and not kept.held.is_own]
+        counted = sum(kept.held.bytes for kept in (*older, *pulled))
+        leaving = []
+        may_leave = [kept for kept in pulled if evicts and kept.held.digest not in only_here]
+        for kept in (*older, *may_leave):
+            if counted + n_bytes <= self._quota_bytes:
+                break
+            counted -= kept.held.bytes
+            leaving.append(kept)
+        if counted + n_bytes > self._quota_bytes:
+            return False
+        if not is_trial:
+            for kept in leaving:
+                if index.is_current(kept):
+                    del index.shelf[kept.held.name]
+                    self.discard(self.directory / kept.held.name)
+                    log.info("adapter_evicted name=%s bytes=%d", kept.held.name, kept.held.bytes)
+            self._drop(index, leaving)
+        return True
+
+    def discard(self, path: Path) -> None:
+        """Remove a directory; it is gone from its name at once, whatever becomes of the rest."""
+        bin_path = self.home / "partial" / secrets.token_hex(8)
+        bin_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            path.rename(bin_path)
+        shutil.rmtree(bin_path, ignore_errors=True)
+
+    def _version_path(self, digest: str) -> Path:
+        return self.home / "versions" / digest
+
+
+def _described(path: Path, name: str, version: int, files: FileList) -> AdapterHeld:
+    """From the adapter's own files; what they do not tell stays open."""
+    blob = files.blob
+    method, task, first_layer, metric, weights, own_base = "", "", None, None, "", None
+    try:
+        method = str(read_config(path).get("peft_type", "")).lower()[:64]
+        if (card := read_card(path)) is not None:
+            method, task, first_layer = card.method[:64], card.task[:64], card.first_layer
+            metric, weights, own_base = card.metric, card.digest[:64], card.backbone_sha256[:64] or None
+    except ConfigError as error:
+        log.warning("adapter %s: %s", name, error)
+    return AdapterHeld(
+        name=name, version=version, digest=blob.digest.hex(), manifest_bytes=blob.size, bytes=files.n_bytes,
+        base=own_base, method=method, task=task, first_layer=first_layer, metric=metric,
+        weights=weights, is_own=True,
+    )  # fmt: skip
+
+
+def _identity(path: Path) -> Identity:
+    found = []
+    for name in ADAPTER_FILES:
+        try:
+            status = (path / name).stat()
+        except OSError:
+            found.append((0, 0, 0))
+        else:
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
