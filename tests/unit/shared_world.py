@@ -32,7 +32,8 @@ def engine_of(world: World, mesh: Mesh, **more: str) -> ModelEngine:
     """An engine that reads from ``mesh`` and publishes to it."""
 
     def share(prefixes: Prefixes) -> SharedPrefixes:
-        return SharedPrefixes(prefixes, keys_of(world, **more), [("mesh", mesh)], mesh)  # type: ignore[arg-type]
+        keys = keys_of(world, **more)
+        return SharedPrefixes(prefixes, keys, [("mesh", mesh)], mesh, lambda: mesh.now)  # type: ignore[arg-type]
 
     return world.engine(share=share)
 
@@ -49,6 +50,7 @@ class Mesh:
         self.expected_s: float | None = 0.0
         self.lost: set[bytes] = set()
         self.damage: Callable[[bytes, bytes], bytes] = lambda key, payload: payload
+        self.now = 0.0
         self.wanted: list[list[bytes]] = []
         self.open: list[_Coming] = []
 

@@ -12,6 +12,7 @@ from mesh.ids import TaskId
 from node.compute.backbone.llama import LlamaBackbone
 from node.compute.messages import Pause, Resume, Stop
 from node.compute.model_engine import ModelEngine
+from node.compute.serve import arrivals as arrivals_file
 from tests.serving_world import World, drive, run_of
 from tests.unit.shared_world import Mesh, engine_of, keys_of, prompt
 
@@ -291,3 +292,36 @@ def test_what_came_from_a_peer_is_not_published_again(world: World) -> None:
     drive(engine, {"b": asked(text + "what?")})
     assert engine.shared is not None and engine.shared.publisher is not None
     assert fetched(engine) == 384 and engine.shared.publisher.n_blocks == 0
+
+
+@pytest.mark.parametrize("adapter", [None, "top"])
+def test_what_comes_too_slowly_is_given_up_but_for_the_blocks_that_are_whole(
+    world: World, monkeypatch: pytest.MonkeyPatch, adapter: str | None
+) -> None:
+    monkeypatch.setattr(arrivals_file, "_WINDOW_BLOCKS", 2)
+    mesh, text = Mesh(), prompt(world, 16, 400)
+    read(world, mesh, text, adapter)
+    engine = engine_of(world, mesh)
+    mesh.per_wait, mesh.until = 1, 7  # one window of two blocks in three parts each, and one part more
+    events = engine.start(run_of("b", **asked(text + "what?", adapter)))
+    for _ in range(10):
+        events += engine.step()
+    mesh.now += 10
+    while engine.due_s is not None:
+        events += engine.step()
+    assert events[-1].text == world.alone(**asked(text + "what?", adapter)).text
+    assert fetched(engine) == 128 and not mesh.open
+
+
+def test_a_link_that_seems_too_slow_is_tried_now_and_then(world: World) -> None:
+    mesh, text = Mesh(), prompt(world, 17, 400)
+    read(world, mesh, text)
+    engine = engine_of(world, mesh)
+    for n, now in ((1, 0.0), (1, 59.0), (2, 61.0)):
+        mesh.now = now
+        assert engine.shared is not None and engine.prefixes is not None
+        engine.shared._costs.row_s = 1.0
+        mesh.expected_s = 1000.0
+        engine.prefixes.clear()
+        drive(engine, {"b": asked(text + "what?")})
+        assert len(mesh.wanted) == n

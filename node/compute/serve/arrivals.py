@@ -1,7 +1,8 @@
 """A prefix on its way here from another node, or from this node's disk: asked about, fetched, put in place.
 
-    asking ─▶ nobody has enough of it ──────────────────────────────────────▶ over
+    asking ─▶ nobody has enough of it, or reading is quicker ───────────────▶ over
       └─────▶ coming ─▶ all parts in place, or as many whole blocks as came ─▶ over
+                  └──▶ it comes so slowly that reading the rest is quicker ──▶ over
 
 Parts come in the order of layers, so that a pass through the first layers may begin while the last ones are
 still on their way; a long prefix in windows of ``_WINDOW_BLOCKS``, so that an end in the middle leaves the
@@ -12,10 +13,11 @@ damaged or of another shape ends the prefix before its block; nobody sees a bloc
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mesh.errors import DecodeError
 from node.compute.backbone.deltas import Adapter
@@ -39,6 +41,13 @@ _MARGIN = 1.25
 _ASK_WITHIN_S = 0.25
 # Nobody waits longer than reading would have taken, nor than this.
 _WITHIN_S_MAX, _WITHIN_S_MIN = 10.0, 0.25
+# How fast a link is nobody knows before something has come over it, and it may have become faster. A prefix
+# is fetched on trial if that takes at most so many times as long as reading it; what comes too slowly is
+# given up.
+_TRY_FACTOR = 3.0
+_TRY_EVERY_S = 60.0
+# From when on it can be told how fast it comes: a share of what reading takes, but not less than so long.
+_JUDGED_AFTER, _JUDGED_AFTER_S_MIN = 0.1, 0.05
 # So long a pass stands still for the next part; then it is given up, so that messages are seen.
 _GAP_S = 0.5
 # Putting in place what has come, beside what the link takes: decoding and one copy.
@@ -77,12 +86,21 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Costs:
-    """What reading a token costs here, as recent passes went."""
+    """What reading a token costs here, as recent passes went, and when a fetch was tried all the same."""
 
     row_s: float
+    clock: Callable[[], float] = time.monotonic
+    tried_at: float = float("-inf")
 
     def saw(self, n_rows: int, took_s: float) -> None:
         self.row_s += 0.3 * (took_s / n_rows - self.row_s)
+
+    def may_try(self) -> bool:
+        """Whether to try what is expected to be too slow: now and then, as nothing else corrects that."""
+        if self.clock() - self.tried_at < _TRY_EVERY_S:
+            return False
+        self.tried_at = self.clock()
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +153,7 @@ class Arrival:
         self._plan: _Plan | None = None
         self._coming: Coming | None = None
         self._n_placed = 0
+        self._began_at = 0.0
         self._n_blocks = 0
         self._left: Counter[range | None] = Counter()
         self._early: list[Reading] = []
@@ -163,7 +182,7 @@ class Arrival:
 
     def _decide(self) -> None:
         """Everybody has answered: the source whose plan saves most, or none."""
-        best: tuple[float, str, Source, _Plan] | None = None
+        found: list[tuple[float, str, Source, _Plan]] = []
         for name, source, asking in self._asked:
             answer = asking.answer
             if answer is None or answer[1].expected_s is None:
@@ -171,16 +190,15 @@ class Arrival:
             claimed = {part.key for part, is_there in zip(self._offered, answer[0], strict=True) if is_there}
             for level in self._levels:
                 plan = self._plan_of(level, claimed, answer[1].expected_s)
-                if plan is None:
-                    continue
-                saves_s = plan.read_s - _MARGIN * plan.expected_s
-                if saves_s > 0 and (best is None or saves_s > best[0]):
-                    best = (saves_s, name, source, plan)
+                if plan is not None:
+                    found.append((plan.read_s - _MARGIN * plan.expected_s, name, source, plan))
         self._asked, self._offered = [], []
-        if best is None:
+        saves_s, self.source_name, source, plan = max(found, key=lambda it: it[0], default=_NOTHING)
+        if plan is None or (
+            saves_s <= 0 and not (plan.expected_s <= _TRY_FACTOR * plan.read_s and self._costs.may_try())
+        ):
             self.is_over = True
             return
-        _, self.source_name, source, plan = best
         within_s = min(max(plan.read_s, _WITHIN_S_MIN), _WITHIN_S_MAX)
         stop = plan.n_blocks * BLOCK_TOKENS
         self._plan, self._n_blocks = plan, plan.n_blocks
@@ -189,6 +207,7 @@ class Arrival:
         if self.reading is None:
             self.is_over = True
             return
+        self._began_at = self._costs.clock()
         self._coming = source.want([part.key for part in plan.parts], within_s)
         log.info(
             "prefix_fetch from=%s tokens=%d..%d layers=%d bytes=%d expected_s=%.3f read_s=%.3f",
@@ -230,6 +249,8 @@ class Arrival:
             self._decide()
         if self._coming is not None:
             self._place(place_bytes_max)
+        if self._coming is not None and self._is_too_slow():
+            self._give_up()
 
     def wait(self, timeout_s: float) -> None:
         """Until something has changed, at most so long."""
@@ -273,6 +294,26 @@ class Arrival:
         else:
             reading.keep(part.cut, part.start, rows)
         return True
+
+    def _is_too_slow(self) -> bool:
+        """Whether the rest takes longer to come than all of it to be read, as it has come so far."""
+        plan, coming = self._plan, self._coming
+        assert plan is not None and coming is not None
+        took_s = self._costs.clock() - self._began_at
+        if took_s < max(_JUDGED_AFTER * plan.read_s, _JUDGED_AFTER_S_MIN):
+            return False
+        share = coming.n_settled / len(plan.parts)
+        return took_s * (1 - share) > share * max(plan.read_s, _WITHIN_S_MIN)
+
+    def _give_up(self) -> None:
+        assert self._plan is not None
+        log.info(
+            "prefix_slow from=%s parts=%d of %d", self.source_name, self._n_placed, len(self._plan.parts)
+        )
+        missing = (part.block for part in self._plan.parts[self._n_placed :])
+        self._ends_before(min(self._n_blocks, *missing))
+        if not self.is_over:
+            self._finish()
 
     def _ends_before(self, block: int) -> None:
         self._n_blocks = block
@@ -337,6 +378,9 @@ class Arrival:
                 self.is_late = True
                 return False
         return not self.is_broken
+
+
+_NOTHING: tuple[float, str, Any, None] = (0.0, "", None, None)
 
 
 def _order(part: Part) -> tuple[int, int, int]:

@@ -63,7 +63,7 @@ class SharedPrefixes:
     ) -> None:
         self._prefixes, self._keys = prefixes, keys
         self._sources = tuple(sources)
-        self._costs = Costs(row_s=24 * keys.width**2 * keys.n_layers / _GUESSED_FLOPS)
+        self._costs = Costs(24 * keys.width**2 * keys.n_layers / _GUESSED_FLOPS, clock)
         self._publisher = Publisher(keys, disk, clock) if disk is not None else None
         self._arrivals: dict[Tokens, Arrival] = {}
         self.n_fetched_tokens, self.n_fetched_bytes = 0, 0
