@@ -18,7 +18,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,7 +78,6 @@ class Share:
         quota_bytes: Most bytes there, with what is on its way; 0 = this node keeps nothing for the mesh.
         pace: Tokens of which this node computes the features in a second, once known.
         worth: Of a copy here; ``reweigh`` asks again.
-        blobs: What else is served, by digest.
     """
 
     def __init__(
@@ -88,18 +87,16 @@ class Share:
         *,
         pace: Callable[[], float | None] = lambda: None,
         worth: Worth = lambda key: 1.0,
-        blobs: Callable[[bytes], Awaitable[BlobReader | None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        free_bytes_left: int = FREE_BYTES_LEFT,
+        free_bytes_left: int | None = None,
     ) -> None:
         assert quota_bytes >= 0
         self.quota_bytes = quota_bytes
         self.worth = worth
-        self.blobs = blobs
         self._directory = directory
         self._pace = pace
         self._clock = clock
-        self._free_bytes_left = free_bytes_left
+        self._free_bytes_left = FREE_BYTES_LEFT if free_bytes_left is None else free_bytes_left
         self._lock = threading.Lock()  # of all that follows; never held over reading or writing of entries
         self._intake = Intake()
         self._gathered: dict[bool, _Gathered] = {False: _Gathered(), True: _Gathered()}  # by: is a spare copy
@@ -162,7 +159,7 @@ class Share:
     # ── serving ─────────────────────────────────────────────────────────────────────────────────────
 
     async def open(self, digest: bytes) -> BlobReader | None:
-        return await self.blobs(digest) if self.blobs is not None else None
+        return None  # see ``node.files.blobs`` for those
 
     async def get_many(self, keys: Sequence[bytes], bytes_max: int) -> list[Block | int | None]:
         return await self._in_thread(lambda: self._get_many(keys, bytes_max))
