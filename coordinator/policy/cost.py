@@ -58,7 +58,9 @@ class Observed:
     n_prompt_tokens: float | None = None
     n_tokens: float | None = None
     rows: float = 1.0
-    """Attempts that ran on the node at once, on average over this one's time, itself included."""
+    """Answers in its steps, on average over its time, its own included."""
+    crowding: float = 1.0
+    """Times longer than that for work of others on the node that shares nothing, as far as known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,4 +235,5 @@ def _rated_s(work: Work, rates: Rates, observed: Observed, reuse: float, far: fl
     if work.kind == "generate" and observed.n_tokens is not None:
         amounts[_DECODE] = observed.n_tokens
     amounts[_DECODE] *= step_share(observed.rows, rates.row_cost)
-    return sum(amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True))
+    rated_s = sum(amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True))
+    return rated_s * observed.crowding

@@ -40,6 +40,10 @@ from mesh.ids import NodeId, TaskId
 __all__ = ["DispatchConfig", "Dispatcher"]
 
 
+_READ_LEAST_S = 0.02
+"""A prompt that takes longer than thought is not asked after more often."""
+
+
 class Dispatcher:
     """One policy at work on one queue."""
 
@@ -199,11 +203,12 @@ class Dispatcher:
         row = self._books.nodes.row(node)
         running, rows = self._books.nodes.end(row, task, now)
         if observed is not None and not running.stood_s:  # else much of its time was another's
+            crowding = self._books.nodes.crowding(row, running, rows)
             self.cost.learn(
                 running.job.work,
                 node,
                 self._books.nodes.view(row).rates,
-                observed if observed.rows >= rows else replace(observed, rows=rows),
+                replace(observed, rows=rows, crowding=crowding),
                 reuse=running.reuse,
                 far=running.far,
                 predicted_s=running.expected_s,
@@ -261,6 +266,9 @@ class Dispatcher:
             again_at = min(again_at, min((until for until in avoid.values() if until > now), default=FOREVER))
         if self.policy.keeps is not None or self.policy.margin != 1.0:
             again_at = min(again_at, now + self._config.chunk_s)
+        if self.policy.drop and self._books.nodes.is_shared.any():
+            # Once somebody there has read its prompt, who waited for that may join.
+            again_at = min(again_at, now + max(self._books.nodes.read_in_s(now), _READ_LEAST_S))
         return again_at
 
     def _drop_hopeless(self, now: float) -> list[Decision]:
@@ -298,7 +306,7 @@ class Dispatcher:
         """Whether the policy may start what it did not a moment ago. As time alone goes by, ever less ends in
         time on an idle node; in a batch those who run free it bit by bit, and refusals are forgotten."""
         nodes = self._books.nodes
-        return self._is_news or bool(self._books.jobs.avoiding or nodes.n_rows[nodes.has_room].any())
+        return self._is_news or bool(self._books.jobs.avoiding or nodes.is_shared[nodes.has_room].any())
 
     def _holds_back(self, now: float) -> bool:
         """Whether a task may wait that the policy would not start, and a node that has room would.
@@ -308,7 +316,7 @@ class Dispatcher:
         jobs, nodes = self._books.jobs, self._books.nodes
         if not len(jobs) or not nodes.n_open:
             return False
-        if nodes.n_rows[nodes.has_room].any() or not jobs.kept.all():
+        if nodes.is_shared[nodes.has_room].any() or not jobs.kept.all():
             return True
         likely_s = self.policy.margin * jobs.column("best_s")
         return bool((likely_s > jobs.column("deadline_at") - now).any())

@@ -24,7 +24,7 @@ def candidates_of(
 ) -> tuple[Candidate, ...]:
     """The node taken, if any, and the next best, each with its estimate and why it was not taken."""
     job = jobs.jobs[row]
-    finish_s = prices(jobs, nodes, np.array([row]), slice(None)).finish_s[0]
+    finish_s = prices(jobs, nodes, np.array([row]), slice(None), now).finish_s[0]
     found = []
     for node in _best(nodes, finish_s, taken):
         view, service_s = nodes.view(node), float(finish_s[node])

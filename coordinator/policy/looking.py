@@ -13,7 +13,7 @@ from coordinator.policy.nodes import NodeTable
 from coordinator.policy.policies import Policy, Scene
 from coordinator.policy.pricing import Prices, Rows, prices
 from coordinator.policy.recent import RecentTasks
-from coordinator.policy.work import KINDS
+from coordinator.policy.work import KINDS, PATIENCE
 
 __all__ = ["Look", "look", "overview"]
 
@@ -58,7 +58,7 @@ def look(
         mean_s: (m,) The yardstick of slack; ``None``: the mean of these tasks.
         wait_s: A start now is one after so many seconds (a chunk has to end first).
     """
-    priced = prices(jobs, nodes, rows, columns)
+    priced = prices(jobs, nodes, rows, columns, now)
     if wait_s:
         priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
     mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
@@ -109,7 +109,7 @@ def _scene(
         room_in_s=lambda: nodes.room_in_s(now),
         capacity=lambda: nodes.capacity(_mean(jobs.amounts.T)),
         recent=recent.arrays,
-        all_finish_s=lambda: prices(jobs, nodes, rows, _EVERYTHING, alone=True).finish_s,
+        all_finish_s=lambda: prices(jobs, nodes, rows, _EVERYTHING, now, alone=True).finish_s,
     )
 
 
@@ -129,9 +129,15 @@ def _allowed(
             allowed |= ~priced.is_known & (left_s > 0)
         if jobs.n_virtual:
             allowed |= scene.is_virtual[:, None]
-        if nodes.n_rows[scene.open_nodes].any():
+        if nodes.is_shared[scene.open_nodes].any():
             # A joiner slows all who run there: it must be worth more than those it makes late.
             is_worth_it = scene.value[:, None] > nodes.harm(scene.open_nodes, scene.cost_s, scene.now)
+            for column, node in enumerate(scene.open_nodes.tolist()):
+                if (company := nodes.company(node, scene.now)) is not None:
+                    is_worth_it[:, column] &= company.welcomes(scene.value, scene.cost_s[:, column])
+            if jobs.n_tunes:  # what stands back is in nobody's way
+                is_tune = (jobs.numbers("kind")[rows] == _TUNE)[:, None]
+                is_worth_it |= is_tune & (PATIENCE * scene.cost_s < (scene.deadline_at - scene.now)[:, None])
             allowed &= is_worth_it if nodes.knows_everything else is_worth_it | ~priced.is_known
     else:
         allowed = np.ones(scene.finish_s.shape, np.bool_)

@@ -10,12 +10,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.policy.cost import CostModel, step_share
+from coordinator.policy.company import Company
+from coordinator.policy.cost import CostModel, amounts_of, step_share
 from coordinator.policy.decisions import Job, NodeView
 from coordinator.policy.density import Floats
 from coordinator.policy.keys import Keys
 from coordinator.policy.rates import PARTS
-from coordinator.policy.work import KINDS, Needs
+from coordinator.policy.work import KINDS, PATIENCE, Needs
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
 from mesh.messages.task import TaskKind
@@ -27,6 +28,8 @@ Share = tuple[float, float]
 
 _WARM_MAX = 16
 """Adapters or sets of features a node is believed to have from earlier work: the latest."""
+_DECODE = PARTS.index("decode")
+_OF_WHAT_RUNS = ("has_room", "has_tune_room", "free_at", "n_yielding", "batch_share", "is_shared")
 _LEAST_S = 1e-6
 _FETCH = PARTS.index("fetch")  # the last part
 _LEFT_LEAST = 0.05
@@ -55,6 +58,15 @@ class Running:
     stood_s: float = 0.0
     delayed_s: float = 0.0
     """What those who joined it later take from it."""
+    alone_s: float = 0.0
+    """Node seconds of its work that shares nothing, as predicted when it started."""
+    answer_s: float = 0.0
+    """Seconds of its answer if nobody shared its steps, as predicted when it started."""
+
+    @property
+    def writes(self) -> bool:
+        """Its answer shares steps with others."""
+        return self.job.work.kind == "generate"
 
     def left_share(self, now: float) -> float:
         """How much of its service is left, as far as predicted; never nothing."""
@@ -64,6 +76,24 @@ class Running:
 
     def left_s(self, now: float) -> float:
         return (self.expected_s + self.delayed_s) * self.left_share(now)
+
+    def stands_back(self, now: float) -> bool:
+        """Tuning that has the time to let all others on its node go first."""
+        is_tune = self.job.work.kind == "tune"
+        return is_tune and self.job.deadline_at - now > PATIENCE * self.left_s(now)
+
+    def alone_left_s(self, now: float) -> float:
+        """Node seconds that are left of its work that shares nothing: an answer's prompt comes first."""
+        left = self.left_share(now)
+        if not self.writes:
+            return self.alone_s * left
+        return max(0.0, self.alone_s - (1 - left) * (self.alone_s + self.answer_s))
+
+    def answer_left_s(self, now: float) -> float:
+        """The same of its answer."""
+        return (
+            min(self.answer_s, (self.alone_s + self.answer_s) * self.left_share(now)) if self.writes else 0.0
+        )
 
     @property
     def is_active(self) -> bool:
@@ -83,8 +113,10 @@ class _Slots:
     warm: OrderedDict[str, None] = field(default_factory=OrderedDict)
     row_seconds: float = 0.0
     counted_at: float = 0.0
-    n_sharing: int = 0
+    n_writing: int = 0
     """Attempts that share steps now."""
+    company: tuple[float, Company | None] = (-FOREVER, None)
+    """As it was when last looked at, and when."""
 
 
 class NodeTable:
@@ -101,10 +133,13 @@ class NodeTable:
         self.row_cost: Floats = np.zeros(0)
         self.corrections: Floats = np.zeros((len(KINDS), 0))
         self.is_known: NDArray[np.bool_] = np.zeros((len(KINDS), 0), np.bool_)
-        self.together: Floats = np.zeros(0)
-        """What a full batch does at once, against one task alone; 0 for a node that is not ready."""
+        self.batch_share: Floats = np.zeros(0)
+        """Node seconds of a step in a full batch for each row, against a step alone; infinite for a node that
+        is not ready."""
         self.n_rows: Floats = np.zeros(0)
-        """Attempts that share steps on each node, paused ones apart."""
+        """Answers that share steps on each node, paused ones apart."""
+        self.is_shared: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Somebody runs on a node where others may join."""
         self.has_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.n_open = 0
         """Nodes with room."""
@@ -154,7 +189,7 @@ class NodeTable:
             self._slots.append(_Slots(view))
             for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm", "far"):
                 setattr(self, name, _wider(getattr(self, name)))
-            for name in ("has_room", "has_tune_room", "free_at", "n_yielding", "together"):
+            for name in _OF_WHAT_RUNS:
                 setattr(self, name, _wider(getattr(self, name)))
             is_same_work = False
         else:
@@ -165,7 +200,8 @@ class NodeTable:
         self._slots[row].view = view
         self.unit_s[:, row] = view.rates.unit_s
         self.row_cost[row] = view.rates.row_cost
-        self.together[row] = view.slots / step_share(view.slots, view.rates.row_cost) * view.is_ready
+        share = step_share(view.slots, view.rates.row_cost) / view.slots if view.slots else FOREVER
+        self.batch_share[row] = share if view.is_ready else FOREVER
         for needs, number in self.needs.items():
             self.has[number, row] = view.has(needs)
         for reuse, number in self.reuses.items():
@@ -184,7 +220,7 @@ class NodeTable:
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm", "far"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
-        for name in ("row_cost", "n_rows", "has_room", "has_tune_room", "free_at", "n_yielding", "together"):
+        for name in ("row_cost", "n_rows", *_OF_WHAT_RUNS):
             setattr(self, name, np.delete(getattr(self, name), row))
         self._row = {name: at for at, name in enumerate(self.ids)}
         self._look_over()
@@ -264,6 +300,7 @@ class NodeTable:
         slots = self._slots[row]
         self._integrate(slots, now)
         running.row_seconds_before = slots.row_seconds
+        running.alone_s, running.answer_s = self._predicted_s(running, row)
         slots.running[running.job.task] = running
         name = running.job.work.reuses
         if name:
@@ -290,21 +327,24 @@ class NodeTable:
         self._count(row)
 
     def _integrate(self, slots: _Slots, now: float) -> None:
-        slots.row_seconds += slots.n_sharing * max(0.0, now - slots.counted_at)
+        slots.row_seconds += slots.n_writing * max(0.0, now - slots.counted_at)
         slots.counted_at = max(now, slots.counted_at)
 
     def _count(self, row: int) -> None:
         slots = self._slots[row]
         view = slots.view
-        n = n_tunes = 0
+        n = n_tunes = n_writing = 0
         free_at = FOREVER
         for running in slots.running.values():
             if running.is_active:
                 n += 1
                 n_tunes += running.job.work.kind == "tune"
+                n_writing += running.writes
                 free_at = min(free_at, running.ends_at)
-        slots.n_sharing = n - n_tunes
-        self.n_rows[row] = n - n_tunes
+        slots.n_writing = n_writing
+        slots.company = (-FOREVER, None)
+        self.n_rows[row] = n_writing
+        self.is_shared[row] = n > 0 and view.slots > 1
         room = view.is_ready and n < view.slots
         self.n_open += room - bool(self.has_room[row])
         self.has_room[row] = room
@@ -319,6 +359,51 @@ class NodeTable:
             other.delayed_s += cost_s * min(1.0, other.left_s(now) / service_s)
         if others:
             self._count(row)
+
+    def company(self, row: int, now: float) -> Company | None:
+        """Those who run on a node, as who joins them feels it."""
+        slots = self._slots[row]
+        if not self.is_shared[row]:
+            return None
+        if slots.company[0] != now:
+            active = [one for one in slots.running.values() if one.is_active]
+            answers_s = max((one.left_s(now) for one in active if one.writes), default=0.0)
+            felt = [(one.alone_left_s(now), one.job.value) for one in active if not one.stands_back(now)]
+            slots.company = (now, Company.of(felt, answers_s))
+        return slots.company[1]
+
+    def read_in_s(self, now: float) -> float:
+        """Until somebody on a node that others may join has done what shares nothing; infinite if nobody."""
+        soonest_s = FOREVER
+        for row in (self.is_shared & self.has_room).nonzero()[0].tolist():
+            company = self.company(row, now)
+            if company is not None and len(company.alone_s):
+                soonest_s = min(soonest_s, float(company.alone_s[0]))
+        return soonest_s
+
+    def crowding(self, row: int, running: Running, rows: float) -> float:
+        """How many times longer an attempt that ends now was to take for those who shared nothing with it.
+
+        Args:
+            rows: Answers in its steps, on average.
+        """
+        if self._slots[row].view.slots == 1:
+            return 1.0
+        base_s = running.alone_s + running.answer_s * step_share(rows, float(self.row_cost[row]))
+        return max(1.0, (running.expected_s + running.delayed_s) / max(base_s, _LEAST_S))
+
+    def _predicted_s(self, running: Running, row: int) -> tuple[float, float]:
+        """Of a start now: work that shares nothing, and an answer's steps alone."""
+        view, work = self._slots[row].view, running.job.work
+        seconds = [
+            amount * unit_s
+            for amount, unit_s in zip(
+                amounts_of(work, reuse=running.reuse, far=running.far), view.rates.unit_s, strict=True
+            )
+        ]
+        correction = self._cost.correction(work.kind, view.id)
+        answer_s = seconds.pop(_DECODE) * correction
+        return sum(seconds) * correction, answer_s
 
     def harm(self, columns: NDArray[np.intp], cost_s: Floats, now: float) -> Floats:
         """(n, m) Value of running tasks that would end too late if a waiting task joined them.
@@ -340,8 +425,15 @@ class NodeTable:
         return harm
 
     def room_in_s(self, now: float) -> Floats:
-        """(M,) Seconds until each node is expected to have room."""
-        room_in_s = np.maximum(self.free_at - now, 0.0)
+        """(M,) Seconds until each node is expected to have done what runs there.
+
+        Where others may join, its slots full: what is left of answers counts as in a full batch.
+        """
+        room_in_s: Floats = np.maximum(self.free_at - now, 0.0)
+        for row in self.is_shared.nonzero()[0].tolist():
+            active = [one for one in self._slots[row].running.values() if one.is_active]
+            alone_s = sum(one.alone_left_s(now) for one in active)
+            room_in_s[row] = alone_s + self.batch_share[row] * sum(one.answer_left_s(now) for one in active)
         return np.where(self.n_yielding > 0, np.minimum(room_in_s, self._chunk_s), room_in_s)
 
     def capacity(self, amounts: Floats) -> Floats:
@@ -354,7 +446,8 @@ class NodeTable:
             return np.zeros(0)
         # What could be fetched could be computed: it counts once.
         alone_s = np.maximum(amounts[:_FETCH] @ self.unit_s[:_FETCH] * self.corrections[0], _LEAST_S)
-        capacity: Floats = alone_s.min() / alone_s * self.together
+        answers_s = amounts[_DECODE] * self.unit_s[_DECODE] * self.corrections[0]
+        capacity: Floats = alone_s.min() / (alone_s - answers_s + answers_s * self.batch_share)
         return capacity
 
     def _set_warm(self, name: str, row: int, share: float) -> None:

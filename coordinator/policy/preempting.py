@@ -69,7 +69,7 @@ class Pairs:
         if not len(rows):
             return cls(runners, [], {}, {})
         columns = np.array([nodes.row(runner.node) for runner in runners])
-        priced = prices(jobs, nodes, rows, columns, n_away=1)  # (k, r)
+        priced = prices(jobs, nodes, rows, columns, now, n_away=1)  # (k, r)
         deadline_in_s = (jobs.column("deadline_at")[rows] - now)[:, None]
         left_s = np.array([runner.left_s(now) for runner in runners])
         runner_deadline_in_s = np.array([runner.job.deadline_at - now for runner in runners])

@@ -42,7 +42,14 @@ class Prices:
 
 
 def prices(
-    jobs: JobTable, nodes: NodeTable, rows: Rows, columns: Rows, *, alone: bool = False, n_away: int = 0
+    jobs: JobTable,
+    nodes: NodeTable,
+    rows: Rows,
+    columns: Rows,
+    now: float,
+    *,
+    alone: bool = False,
+    n_away: int = 0,
 ) -> Prices:
     """Costs of the tasks ``rows`` on the nodes ``columns``, joining what runs there unless ``alone``.
 
@@ -52,7 +59,7 @@ def prices(
         n_away: So many of the attempts that run on each node stand still.
     """
     if not alone and not isinstance(columns, slice) and len(columns) == 1:
-        return _prices_on_one(jobs, nodes, rows, int(columns[0]), n_away)
+        return _prices_on_one(jobs, nodes, rows, int(columns[0]), n_away, now)
     amounts, unit_s = jobs.amounts[:, rows], nodes.unit_s[:, columns]
     kinds = jobs.numbers("kind")[rows]
     decode = amounts[_DECODE][:, None] * unit_s[_DECODE]
@@ -70,12 +77,16 @@ def prices(
         fixed = fixed + spared * left
     correction = nodes.corrections[:, columns][kinds]
     n_others = nodes.n_rows[columns] - n_away
-    if alone or not (n_others > 0).any():
+    if alone or not ((n_others > 0) | nodes.is_shared[columns]).any():
         finish_s = cost_s = np.maximum((fixed + decode) * correction, _LEAST_S)
     else:
         row_cost = nodes.row_cost[columns]
         steps = decode * (1.0 + np.maximum(n_others, 0.0) * row_cost)
         finish_s = np.maximum((fixed + steps) * correction, _LEAST_S)
+        for at, node in enumerate(np.arange(len(nodes))[columns].tolist()):
+            if (company := nodes.company(node, now)) is not None:
+                factor = correction[:, at]
+                finish_s[:, at] += company.extra_s(fixed[:, at] * factor, steps[:, at] * factor)
         # A row that joins a batch makes its steps longer by row_cost; the step itself runs anyway.
         marginal = decode * np.where(n_others > 0, row_cost, 1.0)
         cost_s = np.maximum((fixed + marginal) * correction, _LEAST_S)
@@ -85,7 +96,9 @@ def prices(
     return Prices(cost_s, finish_s, is_known)
 
 
-def _prices_on_one(jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_away: int) -> Prices:
+def _prices_on_one(
+    jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_away: int, now: float
+) -> Prices:
     """``prices`` on one node, the common case, in half the time; the same numbers to the last bit."""
     amounts, kinds = jobs.amounts[:, rows], jobs.numbers("kind")[rows]
     unit_s: list[float] = nodes.unit_s[:, node].tolist()
@@ -105,8 +118,11 @@ def _prices_on_one(jobs: JobTable, nodes: NodeTable, rows: Rows, node: int, n_aw
     correction = nodes.corrections[:, node][kinds]
     n_others = max(float(nodes.n_rows[node]) - n_away, 0.0)
     row_cost = float(nodes.row_cost[node])
-    finish_s = np.maximum((fixed + decode * (1.0 + n_others * row_cost)) * correction, _LEAST_S)
+    steps = decode * (1.0 + n_others * row_cost)
+    finish_s = np.maximum((fixed + steps) * correction, _LEAST_S)
     cost_s = finish_s
+    if n_away < _EVERYBODY and (company := nodes.company(node, now)) is not None:
+        finish_s = finish_s + company.extra_s(fixed * correction, steps * correction)
     if n_others > 0:
         cost_s = np.maximum((fixed + decode * row_cost) * correction, _LEAST_S)
     if not nodes.has_everything:
@@ -124,7 +140,7 @@ def all_fastest_s(jobs: JobTable, nodes: NodeTable) -> tuple[Floats, Floats]:
     best_s = np.full(n, np.inf)
     is_guess = np.zeros(n, np.bool_)
     for node in range(len(nodes)):
-        priced = prices(jobs, nodes, slice(None), np.array([node]), n_away=_EVERYBODY)
+        priced = prices(jobs, nodes, slice(None), np.array([node]), -np.inf, n_away=_EVERYBODY)
         finish_s = priced.finish_s[:, 0]
         best_s = np.minimum(best_s, finish_s)
         if not nodes.knows_everything:

@@ -9,11 +9,15 @@ from mesh.ids import NodeId
 from mesh.messages import Submit
 from mesh.messages.task import TaskKind
 
-__all__ = ["ANYTHING", "KINDS", "NEED_ALL_LAYERS", "Needs", "Work", "needs_of", "work_of"]
+__all__ = ["ANYTHING", "KINDS", "NEED_ALL_LAYERS", "PATIENCE", "Needs", "Work", "needs_of", "work_of"]
 
 KINDS: Final[tuple[TaskKind, ...]] = ("generate", "score", "classify", "embed", "tune", "features")
 
 NEED_ALL_LAYERS: Final[frozenset[TaskKind]] = frozenset({"generate", "features"})
+
+PATIENCE: Final = 6.0
+"""Where others run beside it, tuning stands back while the time to its deadline is more than so many times
+what is left of it; then it takes its equal share, which is a sixth of the node's time or more."""
 
 BYTES_PER_TOKEN: Final = 4.0
 """English under a vocabulary of 32 k to 150 k: 3.5 to 4.5. The cost model corrects what remains."""

@@ -286,8 +286,7 @@ class World:
         task = attempt.task.id
         self._take_off(attempt)
         if self._is_led:
-            observed = Observed(service_s=attempt.ran_s, rows=attempt.rows_s / max(attempt.ran_s, 1e-9))
-            self._dispatcher.ended(task, self.now, observed)
+            self._dispatcher.ended(task, self.now, Observed(service_s=attempt.ran_s))
             self._end(task, "done")
         else:
             self._unheard.append(task)

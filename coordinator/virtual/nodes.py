@@ -2,7 +2,8 @@
 
 A node shares its time equally among those that want it: each prompt being read, each tuning job, and all
 answers together, which share every step: with n of them a step takes ``1 + (n - 1) * row_cost`` of one alone.
-A node with one slot serves one attempt at a time, and all of this is a plain queue.
+Tuning that has time stands back for all others (``coordinator.policy.work.PATIENCE``). A node with one slot
+serves one attempt at a time, and all of this is a plain queue.
 
 Tuning stops for others only at the end of a chunk of ``CHUNK_S``, generation between any two tokens.
 """
@@ -10,10 +11,11 @@ Tuning stops for others only at the end of a chunk of ``CHUNK_S``, generation be
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.policy.cost import step_share
+from coordinator.policy.work import PATIENCE
 from coordinator.virtual.devices import NodeSpec
 from coordinator.virtual.workload import VirtualTask
 from mesh.core import FOREVER
@@ -28,7 +30,7 @@ _NOTHING_S = 1e-9
 _JUST_BEGUN = 1 - 1e-9
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One try of a task on one node. Amounts of work are true seconds of this node alone."""
 
@@ -42,13 +44,17 @@ class Attempt:
     """Of all the work of this attempt."""
     used_s: float = 0.0
     """Node time it took from others until now."""
-    rows_s: float = 0.0
-    """Attempts that ran on the node, itself included, integrated over its time: gives their mean."""
     ran_s: float = 0.0
     training_s: float = 0.0
     """Of ``whole_s``, what comes after the features of a tuning job."""
     gives_way_at: float = FOREVER
     """A pause takes effect then."""
+
+    @property
+    def impatient_at(self) -> float:
+        """Tuning takes its share beside others from then on."""
+        is_tune = self.task.work.kind == "tune"
+        return self.task.deadline_at - PATIENCE * self.alone_s if is_tune else -FOREVER
 
     @property
     def is_done(self) -> bool:
@@ -180,12 +186,17 @@ class VirtualNode:
         """When an attempt ends, changes what it does, or gives way; infinite if nothing runs."""
         if not self.running:
             return FOREVER
-        alone_share, answer_share = self._shares()
+        sharing = self._sharing()
+        alone_share, answer_share, _ = self._shares(sharing)
         at = FOREVER
         for attempt in self.running.values():
+            at = min(at, attempt.gives_way_at)
+            if attempt not in sharing:
+                at = min(at, attempt.impatient_at)
+                continue
             is_alone = attempt.alone_s > _NOTHING_S
             left_s = attempt.alone_s / alone_share if is_alone else attempt.answer_s / answer_share
-            at = min(at, self.now + left_s, attempt.gives_way_at)
+            at = min(at, self.now + left_s)
         return max(at, self.now)
 
     def advance(self, now: float) -> None:
@@ -196,20 +207,18 @@ class VirtualNode:
         self.now = now
         if not self.running:
             return
-        n_rows = len(self.running)
-        alone_share, answer_share = self._shares()
-        n_answers = sum(attempt.alone_s <= _NOTHING_S for attempt in self.running.values())
-        n_parties = n_rows - n_answers + (n_answers > 0)
-        self.busy_s += n_rows * length_s
+        sharing = self._sharing()
+        alone_share, answer_share, n_answers = self._shares(sharing)
+        self.busy_s += len(self.running) * length_s
         for attempt in self.running.values():
+            attempt.ran_s += length_s
+        for attempt in sharing:
             if attempt.alone_s > _NOTHING_S:
                 attempt.alone_s = max(0.0, attempt.alone_s - length_s * alone_share)
-                attempt.used_s += length_s / n_parties
+                attempt.used_s += length_s * alone_share
             else:
                 attempt.answer_s = max(0.0, attempt.answer_s - length_s * answer_share)
-                attempt.used_s += length_s / n_parties / n_answers
-            attempt.rows_s += n_rows * length_s
-            attempt.ran_s += length_s
+                attempt.used_s += length_s * alone_share / n_answers
 
     def ended(self) -> list[Attempt]:
         """Take out what is done now."""
@@ -245,11 +254,19 @@ class VirtualNode:
             self.running[attempt.task.id] = attempt
         self.version += 1
 
-    def _shares(self) -> tuple[float, float]:
-        """Seconds of work done each second, by one that shares nothing and by one answer."""
-        n_answers = sum(attempt.alone_s <= _NOTHING_S for attempt in self.running.values())
-        n_parties = len(self.running) - n_answers + (n_answers > 0)
-        return 1 / n_parties, 1 / (n_parties * step_share(n_answers, self.spec.rates.row_cost))
+    def _sharing(self) -> list[Attempt]:
+        """Who has a share of the node's time now: all, less tuning that stands back."""
+        attempts = [*self.running.values()]
+        if len(attempts) == 1:
+            return attempts
+        at = self.now + _NOTHING_S
+        return [one for one in attempts if one.impatient_at <= at] or attempts
+
+    def _shares(self, sharing: Sequence[Attempt]) -> tuple[float, float, int]:
+        """Seconds of work done each second by one that shares nothing, by one answer; how many answers."""
+        n_answers = sum(attempt.alone_s <= _NOTHING_S for attempt in sharing)
+        n_parties = len(sharing) - n_answers + (n_answers > 0)
+        return 1 / n_parties, 1 / (n_parties * step_share(n_answers, self.spec.rates.row_cost)), n_answers
 
     def _true_s(self, task: VirtualTask, left: float) -> tuple[float, float]:
         """Seconds of this node that the task truly takes: without its answer, and its answer."""

@@ -338,7 +338,7 @@ def sizes(policy: str, seed: int, slots: int) -> list[str]:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 30), m=st.integers(1, 5), slots=st.integers(1, 3))
 def test_prices_are_the_cost_models_own_one_by_one(seed: int, n: int, m: int, slots: int) -> None:
-    """The arrays against the plain sum of parts."""
+    """The arrays against the plain sum of parts, and of what each that runs there takes meanwhile."""
     from coordinator.policy.pricing import prices
 
     mesh = Mesh("vdf", seed, m, slots)
@@ -348,12 +348,17 @@ def test_prices_are_the_cost_models_own_one_by_one(seed: int, n: int, m: int, sl
     if not made.n_waiting:
         return
     for columns in (np.arange(m), np.array([m - 1])):
-        priced = prices(made._books.jobs, made._books.nodes, slice(None), columns)
+        priced = prices(made._books.jobs, made._books.nodes, slice(None), columns, mesh.now)
         for row, job in enumerate(made._books.jobs.jobs):
             for index, node in enumerate(columns):
                 view = made._books.nodes.view(int(node))
                 rows = float(made._books.nodes.n_rows[node]) + 1
-                expected = made.cost.estimate(job.work, view.id, view.rates, rows=rows).service_s
+                found = made.cost.estimate(job.work, view.id, view.rates, rows=rows)
+                steps_s = found.parts["decode"]
+                others = made._books.nodes.running(int(node)).values() if slots > 1 else ()
+                company_s = sum(min(one.alone_left_s(mesh.now), found.service_s) for one in others)
+                writing_s = max((one.left_s(mesh.now) for one in others if one.writes), default=0.0)
+                expected = found.service_s + company_s + min(found.service_s - steps_s, writing_s)
                 assert priced.finish_s[row, index] == pytest.approx(expected)
 
 
