@@ -431,7 +431,8 @@ class NodeTable:
         """
         room_in_s: Floats = np.maximum(self.free_at - now, 0.0)
         for row in self.is_shared.nonzero()[0].tolist():
-            active = [one for one in self._slots[row].running.values() if one.is_active]
+            here = self._slots[row].running.values()
+            active = [one for one in here if one.is_active and not one.stands_back(now)]
             alone_s = sum(one.alone_left_s(now) for one in active)
             room_in_s[row] = alone_s + self.batch_share[row] * sum(one.answer_left_s(now) for one in active)
         return np.where(self.n_yielding > 0, np.minimum(room_in_s, self._chunk_s), room_in_s)

@@ -204,10 +204,10 @@ class VirtualNode:
         length_s = now - self.now
         if length_s <= 0:
             return
+        sharing = self._sharing()
         self.now = now
         if not self.running:
             return
-        sharing = self._sharing()
         alone_share, answer_share, n_answers = self._shares(sharing)
         self.busy_s += len(self.running) * length_s
         for attempt in self.running.values():

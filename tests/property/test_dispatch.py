@@ -355,7 +355,8 @@ def test_prices_are_the_cost_models_own_one_by_one(seed: int, n: int, m: int, sl
                 rows = float(made._books.nodes.n_rows[node]) + 1
                 found = made.cost.estimate(job.work, view.id, view.rates, rows=rows)
                 steps_s = found.parts["decode"]
-                others = made._books.nodes.running(int(node)).values() if slots > 1 else ()
+                here = made._books.nodes.running(int(node)).values() if slots > 1 else ()
+                others = [one for one in here if one.is_active and not one.stands_back(mesh.now)]
                 company_s = sum(min(one.alone_left_s(mesh.now), found.service_s) for one in others)
                 writing_s = max((one.left_s(mesh.now) for one in others if one.writes), default=0.0)
                 expected = found.service_s + company_s + min(found.service_s - steps_s, writing_s)

@@ -1,0 +1,107 @@
+"""Who shares a node, what that costs, and who should wait."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.policy.company import Company
+from coordinator.policy.rates import Rates
+from coordinator.policy.work import PATIENCE, Work
+from coordinator.virtual.devices import NodeSpec
+from coordinator.virtual.nodes import VirtualNode
+from coordinator.virtual.workload import VirtualTask
+from mesh.core import FOREVER
+from mesh.ids import NodeId, TaskId
+
+RATES = Rates(
+    prefill_tokens_per_s=1.0, decode_tokens_per_s=1.0, row_cost=0.25, features_tokens_per_s=1.0,
+    tune_tokens_per_s=1.0, adapter_load_s=0.0,
+)  # fmt: skip
+"""A token is a second."""
+
+
+def task(name: str, work: Work, deadline_at: float = FOREVER) -> VirtualTask:
+    return VirtualTask(
+        id=TaskId(name), arrives_at=0, deadline_at=deadline_at, value=1, work=work, true_factor=1
+    )
+
+
+def text(name: str, n: float) -> VirtualTask:
+    return task(name, Work(kind="score", n_prompt_tokens=n))
+
+
+def ends(node: VirtualNode) -> dict[str, float]:
+    """When each of those on the node is done."""
+    found = {}
+    while (at := node.next_at()) < FOREVER:
+        node.advance(at)
+        found |= {attempt.task.id: at for attempt in node.ended()}
+    return found
+
+
+def shared_node(*tasks: VirtualTask) -> VirtualNode:
+    node = VirtualNode(NodeSpec(id=NodeId("n"), rates=RATES, slots=16))
+    for one in tasks:
+        node.start(one, 1.0, 0.0)
+    return node
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.floats(0.1, 50), min_size=1, max_size=6), joiner=st.floats(0.1, 50))
+def test_who_joins_readers_ends_when_the_virtual_node_says(lengths: list[float], joiner: float) -> None:
+    company = Company.of([(length, 1.0) for length in lengths], answers_s=0.0)
+    assert company is not None
+    expected = joiner + float(company.extra_s(np.array([joiner]), np.array([0.0]))[0])
+    others = [text(f"t{k}", length) for k, length in enumerate(lengths)]
+    assert ends(shared_node(*others, text("joiner", joiner)))["joiner"] == pytest.approx(expected)
+
+
+def test_nobody_is_no_company() -> None:
+    assert Company.of([(0.0, 3.0)], answers_s=0.0) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_task_is_welcome_if_it_saves_more_than_it_takes(seed: int) -> None:
+    """Against the two cases played out: it reads with the others, or after them."""
+    rng = Random(seed)
+    others = [(rng.uniform(0.1, 20), rng.choice([1.0, 3.0, 10.0])) for _ in range(rng.randint(1, 4))]
+    value, length = rng.choice([1.0, 3.0, 10.0]), rng.uniform(0.1, 20)
+    company = Company.of(others, answers_s=0.0)
+    assert company is not None
+    texts = [text(f"t{k}", alone_s) for k, (alone_s, _) in enumerate(others)]
+    now, later = ends(shared_node(*texts, text("joiner", length))), ends(shared_node(*texts))
+    lost = sum((now[f"t{k}"] - later[f"t{k}"]) * worth for k, (_, worth) in enumerate(others))
+    saved = value * (max(later.values()) + length - now["joiner"])
+    if saved != pytest.approx(lost, rel=1e-6, abs=1e-6):
+        found = bool(company.welcomes(np.array([value]), np.array([length]))[0])
+        assert found == (saved > lost)
+
+
+def test_tuning_that_has_time_stands_back_until_it_must_not() -> None:
+    job = task("job", Work(kind="tune", n_tune_tokens=10.0), deadline_at=100.0)
+    node = shared_node(job, text("t", 200.0))
+    node.advance(1.0)
+    assert node.next_at() == 100.0 - PATIENCE * 10.0, "it has not moved until then"
+    found = ends(node)
+    assert found["job"] == pytest.approx(40.0 + 2 * 10.0), "from there it takes its equal share"
+    assert found["t"] == pytest.approx(210.0)
+
+
+def test_tuning_alone_does_not_wait() -> None:
+    job = task("job", Work(kind="tune", n_tune_tokens=10.0), deadline_at=1000.0)
+    assert ends(shared_node(job)) == {"job": 10.0}
+
+
+def test_joining_costs_more_the_more_read() -> None:
+    costs = [
+        float(Company.of([(5.0, 1.0)] * n, 0.0).extra_s(np.array([4.0]), np.array([0.0]))[0])  # type: ignore[union-attr]
+        for n in range(1, 5)
+    ]
+    assert all(more > less for less, more in pairwise(costs))
