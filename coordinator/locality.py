@@ -4,9 +4,10 @@
                                        │ sample keys
     catalogues ──────claims────────────┴──shares──▶ of it on each node: there, and to be fetched
 
-Nothing here is durable: a coordinator on another node knows nothing of it until the next such job has ended
-there, and prices jobs as if their features were nowhere. Claims may be wrong (a catalogue is a Bloom filter,
-and behind); then a job takes longer than thought, which the corrections of the cost model learn.
+Nothing here is durable. Another coordinator knows what the settled records say that it finds on disks (ten
+minutes' worth), and what ends later; jobs on other records it prices as if their features were nowhere.
+Claims may be wrong (a catalogue is a Bloom filter, and behind); then a job takes longer than thought, which
+the corrections of the cost model learn.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class Locality:
         self._log_bytes_per_s: OrderedDict[NodeId, float] = OrderedDict()
 
     def learn(
-        self, submit: Submit, held: FeaturesHeld, node: NodeId | None, model: str | None, now: float
+        self, submit: Submit, held: FeaturesHeld, node: NodeId | None, model: str | None, at: float
     ) -> list[str]:
-        """A job has ended; the names (``name_of``) under which its features are known better now."""
+        """A job ended ``at`` some time; the names (``name_of``) under which its features are known now."""
         self._learn_fetch(held, node)
         if not held.sample_keys or not held.n_tokens or not held.n_bytes:
             return []
@@ -91,8 +92,11 @@ class Locality:
         names = [name_of(one) for one in specs]
         for name in names:
             profiles = self._known.setdefault(name, {})
+            before = profiles.get((model, held.profile))
+            if before is not None and before.at > at:
+                continue  # from a record of an earlier coordinator's
             profiles.pop((model, held.profile), None)
-            profiles[model, held.profile] = _Known(held, model, node, now, keys)
+            profiles[model, held.profile] = _Known(held, model, node, at, keys)
             if len(profiles) > _PROFILES_MAX:
                 del profiles[next(iter(profiles))]
             self._known.move_to_end(name)

@@ -167,17 +167,18 @@ class Placing:
             if outcome.n_prompt_tokens:
                 n_bytes = task.submit.n_text_bytes
                 self._cost.learn_bytes(n_bytes=n_bytes, n_tokens=outcome.n_prompt_tokens)
-        self._learn_features(task.submit, outcome, now)
+        self._learn_features(task, outcome, now)
 
     # ── where features are ──────────────────────────────────────────────────────────────────────────
 
-    def _learn_features(self, submit: Submit, outcome: Outcome, now: float) -> None:
+    def _learn_features(self, ended: Task, outcome: Outcome, now: float) -> None:
         held = outcome.output.features if outcome.output is not None else None
-        if held is None or submit.tune is None or outcome.state != "done":
+        if held is None or ended.submit.tune is None or outcome.state != "done":
             return
         node = outcome.node
         info = self._cluster.get(node).info if node is not None else None
-        if not self._locality.learn(submit, held, node, info.model if info else None, now):
+        model = info.model if info is not None else None
+        if not self._locality.learn(ended.submit, held, node, model, ended.settled_at):
             return
         if node is not None and node in self._dispatcher.nodes:
             self._changed_nodes[node] = None  # its link is known better

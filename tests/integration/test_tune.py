@@ -70,6 +70,23 @@ def test_cached_uncached_and_top_only_training_give_one_digest(
     assert {first, cached.result.digest, uncached, top_only} == {first}
 
 
+def test_a_job_says_what_features_it_read_and_where_it_had_them_from(model: Path, tmp_path: Path) -> None:
+    kept = LocalStore(tmp_path / "features", 1 << 24, 1 << 26)
+    first = job(model, tmp_path / "1", spec(seed=1), maps_factory=source(model, kept))
+    second = job(model, tmp_path / "2", spec(seed=2), maps_factory=source(model, kept))
+    run(first)
+    run(second)
+    one, two = first.held, second.held
+    assert one is not None and two is not None
+    assert one.n_computed == one.n_tokens == two.n_found and one.n_found == two.n_computed == 0
+    assert one.sample_keys == two.sample_keys and 1 <= len(one.sample_keys) <= 32
+    entries = kept.get([bytes.fromhex(key) for key in one.sample_keys])
+    assert all(entry is not None for entry in entries)
+    rows = sum(entry.encoded.n for entry in entries if entry)
+    mean_bytes = sum(entry.encoded.n_bytes for entry in entries if entry) / rows
+    assert one.n_bytes == pytest.approx(mean_bytes * one.n_tokens, rel=0.1)
+
+
 def test_another_codec_is_another_adapter(model: Path, tmp_path: Path) -> None:
     def with_codec(codec: str) -> str:
         whole = source(model, memory())

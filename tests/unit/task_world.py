@@ -21,6 +21,7 @@ from coordinator.facts import (
     StopAttempt,
 )
 from coordinator.holder import Holder
+from coordinator.locality import Claims, nobody_claims
 from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.scheduler import Scheduler, SchedulerConfig
 from coordinator.store import RecordStore, StoreConfig
@@ -123,6 +124,7 @@ class World:
     slots: int = 2
     policy: Policy = POLICIES[DEFAULT_POLICY]
     answer: Callable[[Assign], Outcome] = answer_of
+    claims: Claims = nobody_claims
 
     now: float = 0.0
     hosts: dict[NodeId, Host] = field(default_factory=dict)
@@ -158,6 +160,7 @@ class World:
                 rng=rng,
                 config=self.config,
                 policy=self.policy,
+                claims=self.claims,
             )
             host.worker = Worker(me=host.node, fence=host.fence, store=host.store, now=self.now)
             host.stack = Stack(
