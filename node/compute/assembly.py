@@ -14,6 +14,7 @@ from mesh.messages.node import RATED_TOP_LAYERS
 from node.compute.adapters.facts import BackboneFacts
 from node.compute.adapters.shelf import Shelf
 from node.compute.backbone.contract import Backbone
+from node.compute.backbone.llama import LlamaBackbone
 from node.compute.features.choice import FetchOrCompute
 from node.compute.features.link import MeshLink
 from node.compute.features.mesh_store import MeshStore
@@ -23,6 +24,11 @@ from node.compute.messages import Load, Run
 from node.compute.model_engine import ModelEngine
 from node.compute.rate_watch import Measure
 from node.compute.self_benchmark import SelfBenchmark
+from node.compute.serve.arrivals import Source
+from node.compute.serve.prefix_disk import PrefixDisk
+from node.compute.serve.prefix_keys import PrefixKeys
+from node.compute.serve.prefixes import Prefixes
+from node.compute.serve.shared_prefixes import SharedPrefixes
 from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
 from node.compute.tune.making import FeaturesJob
@@ -62,7 +68,32 @@ def model_engine(
     return ModelEngine(
         names, backbone, tokens, threads, clock,
         shelf=shelf, make_job=jobs.job, make_features=lambda run, left_s: jobs.features(run, tokens),
+        share=_sharing(load, directory, digest, backbone, memory),
     )  # fmt: skip
+
+
+def _sharing(
+    load: Load, directory: Path, digest: str, backbone: Backbone, memory: FeatureMemory
+) -> Callable[[Prefixes], SharedPrefixes] | None:
+    """What fetches prefixes from the disk and the mesh and publishes ours; ``None`` where that is of no use:
+    a graphics card reads a prefix in less time than any link carries its states."""
+    if not isinstance(backbone, LlamaBackbone) or backbone.device != "cpu":
+        return None
+    rates = memory.rates
+
+    def share(prefixes: Prefixes) -> SharedPrefixes:
+        keys = PrefixKeys(backbone, backbone_digest=digest, tokenizer_digest=tokenizer_digest(directory))
+        sources: list[tuple[str, Source]] = []
+        disk = None
+        if load.feature_disk_bytes:
+            disk = PrefixDisk(LocalStore(memory.directory, 0, load.feature_disk_bytes))
+            sources.append(("disk", disk))
+        if memory.link is not None:
+            sources.append(("mesh", memory.link))
+        row_s = 1 / rates.prefill_tokens_per_s if rates is not None else None
+        return SharedPrefixes(prefixes, keys, sources, disk, row_s=row_s, slowdown=load.slowdown)
+
+    return share
 
 
 def measurement(directory: Path, digest: str, backbone: Backbone, threads: int) -> Measure:
@@ -100,8 +131,9 @@ class FeatureMemory:
         self.link = link
         self.proof = proof or Proof(backbone, threads)
         self.choice = FetchOrCompute(1 / (tokens_per_s * below), load.slowdown)
-        directory = Path(load.maps_dir) if load.maps_dir else Path(load.features_dir) / "maps"
-        local = LocalStore(directory, load.feature_memory_bytes, load.feature_disk_bytes)
+        self.rates = rates
+        self.directory = Path(load.maps_dir) if load.maps_dir else Path(load.features_dir) / "maps"
+        local = LocalStore(self.directory, load.feature_memory_bytes, load.feature_disk_bytes)
         self.store = MeshStore(local, link, self.choice, below)
 
 

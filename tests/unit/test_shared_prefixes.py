@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from mesh.ids import TaskId
 from node.compute.backbone.llama import LlamaBackbone
+from node.compute.features.store import LocalStore
 from node.compute.messages import Pause, Resume, Stop
 from node.compute.model_engine import ModelEngine
 from node.compute.serve import arrivals as arrivals_file
+from node.compute.serve.prefix_disk import PrefixDisk
+from node.compute.serve.shared_prefixes import SharedPrefixes
 from tests.serving_world import World, drive, run_of
 from tests.unit.shared_world import Mesh, engine_of, keys_of, prompt
 
@@ -325,3 +329,38 @@ def test_a_link_that_seems_too_slow_is_tried_now_and_then(world: World) -> None:
         engine.prefixes.clear()
         drive(engine, {"b": asked(text + "what?")})
         assert len(mesh.wanted) == n
+
+
+def test_through_a_disk_that_two_processes_share(world: World, tmp_path: Path) -> None:
+    text = prompt(world, 18, 400)
+    disks = [PrefixDisk(LocalStore(tmp_path, 0, 1 << 26)) for _ in range(2)]
+
+    def engine(disk: PrefixDisk) -> ModelEngine:
+        return world.engine(share=lambda p: SharedPrefixes(p, keys_of(world), [("disk", disk)], disk))
+
+    drive(engine(disks[0]), {"a": asked(text)})
+    disks[0].close()  # all is written
+    assert len(list(tmp_path.glob("*.pack"))) == 1
+    other = engine(disks[1])
+    ended = drive(other, {"b": asked(text + "what?")})["b"]
+    assert ended.text == world.alone(**asked(text + "what?")).text
+    assert fetched(other) == 384
+    disks[1].close()
+
+
+def test_a_damaged_file_is_a_miss(world: World, tmp_path: Path) -> None:
+    text = prompt(world, 19, 400)
+    disk = PrefixDisk(LocalStore(tmp_path, 0, 1 << 26))
+    engine = world.engine(share=lambda p: SharedPrefixes(p, keys_of(world), [("disk", disk)], disk))
+    drive(engine, {"a": asked(text)})
+    disk.close()
+    (pack,) = tmp_path.glob("*.pack")
+    content = bytearray(pack.read_bytes())
+    content[-1000] ^= 1
+    pack.write_bytes(content)
+    disk = PrefixDisk(LocalStore(tmp_path, 0, 1 << 26))
+    other = world.engine(share=lambda p: SharedPrefixes(p, keys_of(world), [("disk", disk)], disk))
+    ended = drive(other, {"b": asked(text + "what?")})["b"]
+    assert ended.text == world.alone(**asked(text + "what?")).text
+    assert fetched(other) < 384
+    disk.close()

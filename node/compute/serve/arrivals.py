@@ -89,11 +89,12 @@ class Costs:
     """What reading a token costs here, as recent passes went, and when a fetch was tried all the same."""
 
     row_s: float
+    slowdown: float = 1.0
     clock: Callable[[], float] = time.monotonic
     tried_at: float = float("-inf")
 
     def saw(self, n_rows: int, took_s: float) -> None:
-        self.row_s += 0.3 * (took_s / n_rows - self.row_s)
+        self.row_s += 0.3 * (self.slowdown * took_s / n_rows - self.row_s)
 
     def may_try(self) -> bool:
         """Whether to try what is expected to be too slow: now and then, as nothing else corrects that."""

@@ -51,7 +51,8 @@ class Look:
 
 class SharedPrefixes:
     """``sources``: where to ask, the nearest first, by a name for the log. ``disk``: where to publish;
-    ``None``: nothing is."""
+    ``None``: nothing is. ``row_s``: what reading a token may take, as long as none was read; ``None``:
+    nobody knows. ``slowdown``: this node plays one that computes so many times slower than is measured."""
 
     def __init__(
         self,
@@ -60,10 +61,14 @@ class SharedPrefixes:
         sources: Sequence[tuple[str, Source]],
         disk: PrefixDisk | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        row_s: float | None = None,
+        slowdown: float = 1.0,
     ) -> None:
         self._prefixes, self._keys = prefixes, keys
         self._sources = tuple(sources)
-        self._costs = Costs(24 * keys.width**2 * keys.n_layers / _GUESSED_FLOPS, clock)
+        guess_s = row_s or 24 * keys.width**2 * keys.n_layers / _GUESSED_FLOPS
+        self._costs = Costs(guess_s * slowdown, slowdown, clock)
         self._publisher = Publisher(keys, disk, clock) if disk is not None else None
         self._arrivals: dict[Tokens, Arrival] = {}
         self.n_fetched_tokens, self.n_fetched_bytes = 0, 0
