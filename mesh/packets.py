@@ -33,6 +33,7 @@ from mesh.messages import (
 )
 from mesh.topics import (
     BASE,
+    CACHE,
     CANCEL,
     CATALOGUE,
     CLEARS,
@@ -177,7 +178,7 @@ def read(packet: Packet, *, mesh: MeshName, replies_anywhere: bool = True) -> He
     for name, id_in_topic in ids.items():
         if (id_inside := getattr(message, name)) != id_in_topic:
             raise DecodeError(f"the topic says {name} {id_in_topic}, the payload {str(id_inside)[:80]!r}")
-    if row in (STATE, INFO, METRICS, FILES):
+    if row in (STATE, INFO, METRICS, FILES, CACHE):
         return Heard(message, NodeId(ids["node"]))
     if isinstance(message, LeaseRecord | TaskStatus | TaskResult | TaskExplanation | CostReport | RingRecord):
         return Heard(message, message.epoch.node)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mesh import messages as m
 from mesh.ids import Boot, Epoch, MeshName, NodeId, TaskId
+from mesh.messages.cache import CacheTier
 from mesh.messages.files import AdapterHeld, AdapterRemoved
 from mesh.messages.output import NUMBERS_MAX, TEXTS_MAX
 from mesh.messages.task import ANSWER_BYTES_MAX, MAX_TOKENS_MAX, PROMPT_BYTES_MAX, STOP_STRINGS_MAX
@@ -102,6 +103,12 @@ _EXAMPLES: dict[type, m.NodeState | Any] = {
         text="epoch 3 of 5",
     ),
     m.RingRecord: m.RingRecord(epoch=_EPOCH, change=3, quotas={_WORKER: 8 * 10**9, _NODE: 2 * 10**9}),
+    m.CacheReport: m.CacheReport(
+        node=_WORKER, incarnation=1, quota_bytes=8 * 10**9, held_bytes=1_204_300_000, blocks=31_200,
+        memory=CacheTier(hits=9_400, bytes=361_000_000, saved_s=1_880.0),
+        disk=CacheTier(hits=2_100, bytes=80_700_000, saved_s=420.5),
+        peers=CacheTier(hits=840, bytes=32_200_000, saved_s=168.2), misses=31_050, given_bytes=1_190_000_000,
+    ),
     m.FilesHeld: m.FilesHeld(
         node=_WORKER, incarnation=1, base="5c" * 32,
         adapters=[
@@ -122,6 +129,8 @@ _NOTES: dict[type, str] = {
     " `busy` (beside other work: measured again later) or `guessed`; `emulated_slowdown` above 1 says that the node plays"
     " a slower one (`--slowdown`). `cache_bytes` is what it gives to the mesh's memory; `holds` is `top` where the node has"
     " the upper layers of the model only.",
+    m.CacheReport: "Counts since the node started. `memory`, `disk` and `peers` are where blocks were found, the nearest"
+    " first; `saved_s` is what this node would have computed for them; `misses` were computed.",
     m.FilesHeld: "Of the versions of one name that all nodes say, the highest `version` counts, then the higher `digest`; a"
     " removal counts for all versions up to its own. `digest` names the manifest, which the node's data plane gives as a"
     " blob. `left_s` is how long the node will remember the removal, from when it said so.",

@@ -66,7 +66,7 @@ INBOX = Topic(
     payload=(
         m.Drain, m.EpochHint, m.Hold, m.Held, m.Recall, m.Inventory, m.Assign, m.Refused, m.AttemptsRunning,
         m.AttemptEnded, m.OutcomeTaken, m.CancelAttempt, m.StaleCommand, m.FeaturesWanted, m.FeaturesReady,
-        m.PullAdapter, m.RemoveAdapter,
+        m.PullAdapter, m.RemoveAdapter, m.ClearShare,
     ),
     encoding="msgpack", writer="the one node", reader="the other", qos=1, retain=False,
     why="the sender's id is in the topic, where the access list can hold it to the truth",
@@ -150,16 +150,21 @@ FILES = Topic(
     writer="that node", reader="every node; people", qos=1, retain=True,
     why="retained, so that who was away hears of new adapters and of removed ones; only when they change",
 )
+CACHE = Topic(
+    name="CACHE", pattern="node/{node}/cache", payload=(m.CacheReport,), encoding="json",
+    writer="that node, every few seconds if it has changed", reader="people", qos=0, retain=True,
+    why="retained: what a node at rest holds is known at once to who asks",
+)
 
 TABLE: tuple[Topic, ...] = (
     STATE, INFO, METRICS, INBOX, COORDINATOR, SUBMIT, CANCEL, EXPLAIN, WHY, STATUS, STREAM, PROGRESS, RESULT,
-    REPLY, EVENT, COSTS, RING, CATALOGUE, FILES,
+    REPLY, EVENT, COSTS, RING, CATALOGUE, FILES, CACHE,
 )
 # fmt: on
 
 CLEARS: dict[type, tuple[Topic, ...]] = {
     m.TaskForgotten: (STATUS, RESULT),
-    m.NodeForgotten: (STATE, INFO, CATALOGUE, FILES),
+    m.NodeForgotten: (STATE, INFO, CATALOGUE, FILES, CACHE),
 }
 """Messages that travel as empty retained payloads: they remove what the rows kept."""
 
@@ -202,7 +207,7 @@ def access_list(mesh: MeshName) -> str:
         *for_clients,
         "# Members of the mesh, by the name in their certificate:",
         f"pattern write {everywhere}/node/%u/#",
-        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS, CATALOGUE, FILES)),
+        *(f"pattern read {row.filter(mesh)}" for row in (STATE, INFO, METRICS, CATALOGUE, FILES, CACHE)),
         f"pattern read {INBOX.filter(mesh, to='%u')}",
         *(f"pattern readwrite {row.filter(mesh)}" for row in shared),
         f"pattern readwrite {everywhere}/client/#",

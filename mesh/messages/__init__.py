@@ -16,7 +16,14 @@ raise ``ValueError`` with a sentence for the sender; ``mesh.wire`` turns it into
 """
 
 from mesh.messages.agreement import EpochHint, EpochSeen, LeaseKind, LeaseRecord
-from mesh.messages.cache import CatalogueDelta, CatalogueVersion, CatalogueWhole, RingRecord
+from mesh.messages.cache import (
+    CacheReport,
+    CatalogueDelta,
+    CatalogueVersion,
+    CatalogueWhole,
+    ClearShare,
+    RingRecord,
+)
 from mesh.messages.explain import (
     CandidateNode,
     CostReport,
@@ -74,6 +81,7 @@ __all__ = [
     "AttemptEnded",
     "AttemptId",
     "AttemptsRunning",
+    "CacheReport",
     "CancelAttempt",
     "CancelTask",
     "CandidateNode",
@@ -81,6 +89,7 @@ __all__ = [
     "CatalogueVersion",
     "CatalogueWhole",
     "ChatMessage",
+    "ClearShare",
     "CostReport",
     "Drain",
     "EpochHint",

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 from mesh.cache.bloom import BITS_MAX, BITS_MIN, SALT_MAX, capacity
 from mesh.ids import Epoch, NodeId
-from mesh.messages.checks import check_count, check_id
+from mesh.messages.checks import check_count, check_id, check_seconds
 
 __all__ = [
     "POSITION_BYTES",
     "QUOTA_BYTES_MAX",
     "RING_MEMBERS_MAX",
+    "CacheReport",
+    "CacheTier",
     "CatalogueDelta",
     "CatalogueVersion",
     "CatalogueWhole",
+    "ClearShare",
     "RingRecord",
 ]
 
@@ -115,6 +118,53 @@ class CatalogueVersion:
 
     def __post_init__(self) -> None:
         _check_version(self.life, self.version)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheTier:
+    """What one tier has given to a node since the node started: a part of ``CacheReport``."""
+
+    hits: int = 0
+    """Blocks."""
+    bytes: int = 0
+    saved_s: float = 0.0
+    """Seconds that this node would have computed for them."""
+
+    def __post_init__(self) -> None:
+        check_count("hits", self.hits)
+        check_count("bytes", self.bytes)
+        check_seconds("saved_s", self.saved_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """Retained: what a node holds of the mesh's memory, and what that has done for it."""
+
+    node: NodeId
+    incarnation: int
+    quota_bytes: int = 0
+    held_bytes: int = 0
+    """On its disk for the mesh; at most the quota."""
+    blocks: int = 0
+    memory: CacheTier = CacheTier()
+    disk: CacheTier = CacheTier()
+    peers: CacheTier = CacheTier()
+    misses: int = 0
+    """Blocks that no tier had: they were computed."""
+    given_bytes: int = 0
+    """Sent to other owners, so that every block lies twice."""
+    clears: int = 0
+    """How often it was told to let go of all it holds."""
+
+    def __post_init__(self) -> None:
+        check_id("node", self.node)
+        for name in ("incarnation", "quota_bytes", "held_bytes", "blocks", "misses", "given_bytes", "clears"):
+            check_count(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClearShare:
+    """To one node: let go of all that you hold of the mesh's memory. ``CacheReport.clears`` answers."""
 
 
 def _check_version(life: int, version: int, least: int = 0) -> None:

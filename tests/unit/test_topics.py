@@ -30,7 +30,7 @@ NEVER_TRAVEL = {
     m.Unacceptable,  # made here of what came
     m.PeerHello,  # travels on the data plane
     m.TuneSpec, m.Output, m.AdapterCard, m.NodeRates,  # parts of others
-    m.CandidateNode, m.TaskDecision, m.KindError,  # parts of others
+    m.CandidateNode, m.TaskDecision, m.KindError, m.FeaturesHeld, m.FeaturesSpec,  # parts of others
 }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_strangers_ask_and_read_what_is_public() -> None:
     assert _rows(STRANGERS, None, "write") == {"SUBMIT", "CANCEL", "EXPLAIN"}
     assert _rows(STRANGERS, None, "read") == {
         "STATE", "INFO", "METRICS", "COORDINATOR", "STATUS", "STREAM", "PROGRESS", "RESULT",
-        "EVENT", "WHY", "COSTS", "RING", "FILES",
+        "EVENT", "WHY", "COSTS", "RING", "FILES", "CACHE",
     }  # fmt: skip
     assert STRANGERS.allows(None, "x", "read", "edgemesh/home/client/me")
     assert not STRANGERS.allows(None, "x", "write", "edgemesh/home/client/me")
@@ -212,7 +212,7 @@ def test_members_speak_under_their_own_name_only() -> None:
         "COORDINATOR", "SUBMIT", "CANCEL", "EXPLAIN", "STATUS", "STREAM", "PROGRESS", "RESULT", "EVENT",
         "WHY", "COSTS", "RING",
     }  # fmt: skip
-    own = {"STATE", "INFO", "METRICS", "INBOX", "CATALOGUE", "FILES"}
+    own = {"STATE", "INFO", "METRICS", "INBOX", "CATALOGUE", "FILES", "CACHE"}
     assert _rows(MEMBERS, "a", "write") == shared | own
     assert _rows(MEMBERS, "b", "write") == shared
     assert MEMBERS.allows("b", "x", "read", "edgemesh/home/node/a/to/b")
