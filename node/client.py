@@ -252,7 +252,7 @@ class MeshClient:
         """Why there is no link now, in words."""
         return self._bus.trouble
 
-    def publish(self, message: Submit | CancelTask | ExplainTask | Drain, to: NodeId | None = None) -> None:
+    def publish(self, message: Message, to: NodeId | None = None) -> None:
         self._bus.publish(message, to=to)
 
     async def next(self, timeout_s: float) -> Heard | LinkUp | LinkDown | None:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial as partial_of
+from pathlib import Path
 from typing import Literal
 
 from mesh.agreement.versions import Newest, OwnFiles, Versions, rank_of
@@ -25,9 +26,10 @@ from mesh.messages.files import PULLS_MAX, AdapterHeld, AdapterPull
 from mesh.transport.bulk.blobs import BlobRef, Holder
 from mesh.transport.bulk.client import BulkClient
 from mesh.units import bytes_text
+from node.compute.adapters.card import CONFIG_FILE, WEIGHTS_FILE
 from node.files.blobs import FileBlobs
 from node.files.fetching import fetch_files, fetch_list
-from node.files.file_list import ADAPTER_FILES
+from node.files.file_list import ADAPTER_FILES, FileList
 from node.files.library import Holdings, Library
 from node.files.model_files import ModelFiles
 from node.logs import say
@@ -56,9 +58,12 @@ def wanted(
     if base is None:
         return []
     found = []
+    given_up = dict(here.declined)
+    for removed in here.removed:
+        given_up[removed.name] = max(given_up.get(removed.name, 0), removed.version)
     for name, one in newest.items():
         held = one.held
-        if held is None or held.base not in (None, base) or here.declined.get(name, 0) >= one.version:
+        if held is None or held.base not in (None, base) or given_up.get(name, 0) >= one.version:
             continue
         mine = here.shelf.get(name)
         if mine is not None:
@@ -126,7 +131,8 @@ class Distribution:
                 name = message.save_as or message.name
                 if name in self._pulling:
                     return
-                held = self._versions.held(digest)
+                mine = next((one for one in self._here.adapters if one.digest == digest), None)
+                held = mine or self._versions.held(digest)
                 if held is None:
                     self._note(AdapterPull(name=name, digest=digest, done_bytes=0, bytes=0,
                                            trouble="no node that is here has this version"))  # fmt: skip
@@ -246,24 +252,11 @@ class Distribution:
         is_new = not is_asked and name not in self._here.shelf
         if is_new and not await asyncio.to_thread(self._library.has_room, held.bytes):
             return "no room: see the setting adapter_disk"
-        blob = BlobRef(bytes.fromhex(held.digest), held.manifest_bytes)
-        files = await fetch_list(self._bulk, blob, self._holders(held.digest), ADAPTER_FILES.__contains__)
-        if files is None:
-            return "no holder gave the list of its files"
-        if files.n_bytes != held.bytes:
-            return "its files are not as large as was said"
-
-        def on_bytes(n_bytes: int) -> None:
-            if is_asked:
-                self._note(AdapterPull(name=name, digest=held.digest, done_bytes=n_bytes, bytes=held.bytes))
-
-        partial = await asyncio.to_thread(self._library.partial)
-        is_whole = await fetch_files(
-            self._bulk, files, lambda: self._holders(held.digest), partial, on_bytes, tries=3
-        )
-        if not is_whole:
-            await asyncio.to_thread(self._library.discard, partial)
-            return "its holders did not bring it"
+        mine = await asyncio.to_thread(self._library.own_copy, held.digest)
+        arrived = mine or await self._fetched(held, name, is_asked)
+        if isinstance(arrived, str):
+            return arrived
+        files, partial = arrived
         is_own = name != held.name  # somebody's choice, and perhaps the last copy
         if is_own:
             newest = self._versions.newest.get(name)
@@ -280,6 +273,30 @@ class Distribution:
             only_here=only_here,
         )
         return await asyncio.to_thread(install)
+
+    async def _fetched(self, held: AdapterHeld, name: str, is_asked: bool) -> tuple[FileList, Path] | str:
+        """Its files in a directory of their own, or why not."""
+        blob = BlobRef(bytes.fromhex(held.digest), held.manifest_bytes)
+        files = await fetch_list(self._bulk, blob, self._holders(held.digest), ADAPTER_FILES.__contains__)
+        if files is None:
+            return "no holder gave the list of its files"
+        if files.n_bytes != held.bytes:
+            return "its files are not as large as was said"
+        if not {CONFIG_FILE, WEIGHTS_FILE} <= {file.name for file in files.files}:
+            return "it lacks the configuration or the weights"
+
+        def on_bytes(n_bytes: int) -> None:
+            if is_asked:
+                self._note(AdapterPull(name=name, digest=held.digest, done_bytes=n_bytes, bytes=held.bytes))
+
+        partial = await asyncio.to_thread(self._library.partial)
+        is_whole = await fetch_files(
+            self._bulk, files, lambda: self._holders(held.digest), partial, on_bytes, tries=3
+        )
+        if not is_whole:
+            await asyncio.to_thread(self._library.discard, partial)
+            return "its holders did not bring it"
+        return files, partial
 
     def _note(self, pull: AdapterPull) -> None:
         """For whoever waits: they read it in what this node says of its files."""

@@ -40,7 +40,7 @@ from node.durable import replace_directory
 from node.files.file_list import ADAPTER_FILES, FileList
 from node.files.index import Identity, Index, Kept, Removal, ShelfPlace, open_index
 
-__all__ = ["REMEMBERED_S", "Holdings", "Library"]
+__all__ = ["REMEMBERED_S", "Holdings", "Library", "copy_adapter"]
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +226,20 @@ class Library:
         path = self.home / "partial" / secrets.token_hex(8)
         path.mkdir(mode=0o700, parents=True)
         return path
+
+    def own_copy(self, digest: str) -> tuple[FileList, Path] | None:
+        """A version that is kept here, as if it had just arrived; ``None`` if it is not.
+
+        Raises:
+            OSError: The disk takes no more.
+        """
+        with open_index(self.home) as index:
+            kept = next((kept for kept in index.kept.values() if kept.held.digest == digest), None)
+            if kept is None:
+                return None
+            path = self.home / "partial" / secrets.token_hex(8)
+            self._link(self._version_path(digest), path)
+            return FileList.parse(kept.files.encode(), lambda name: name in ADAPTER_FILES), path
 
     def sweep(self) -> int:
         """Remove what an earlier life of any node here left half-way; how many bytes that was."""
@@ -440,3 +454,17 @@ def _identity(path: Path) -> Identity:
         else:
             found.append((status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)
+
+
+def copy_adapter(source: Path, shelf: Path) -> Path:
+    """A copy of an adapter's files in a hidden directory of ``shelf``, to be moved into place.
+
+    Raises:
+        OSError: They cannot be read, or written there.
+    """
+    draft = shelf / ".mesh" / "partial" / secrets.token_hex(8)
+    draft.mkdir(mode=0o700, parents=True)
+    for name in ADAPTER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, draft / name)
+    return draft

@@ -128,7 +128,7 @@ class ModelSeeker:
         self._waits_s = waits_s
 
     async def seek(self, progress: Progress) -> None:
-        """Returns when the model is here, or no peer can give it."""
+        """Returns when the model is here, or no peer can give it and there is a registry to ask."""
         source = self._source
         if source.kind not in ("catalogue", "hub", "mesh"):
             return
@@ -162,7 +162,8 @@ class ModelSeeker:
                 joined_at = now
             if (chosen := choose_offer(self._source, self._reachable())) is not None:
                 return chosen
-            if now - began_at > wait_s or (joined_at is not None and now - joined_at > joined_wait_s):
+            is_over = now - began_at > wait_s or (joined_at is not None and now - joined_at > joined_wait_s)
+            if is_over and self._source.kind != "mesh":  # there is nobody else to ask
                 return None
             await asyncio.sleep(LOOK_EVERY_S)
 
