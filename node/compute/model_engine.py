@@ -49,7 +49,8 @@ PROMPT_PIECE_TOKENS = 256
 # What a pass takes beside its rows, in rows: makes long and short pieces comparable (within a third).
 _ROWS_OF_A_STEP = 16
 
-# With answers being asked for all the time, tuning still gets a chunk of a quarter second this often.
+# With answers being asked for all the time, tuning that stands back, or meets somebody who waits for a first
+# token, still gets a chunk of a quarter second this often.
 _TUNING_EVERY_S = 2.0
 
 
@@ -101,7 +102,7 @@ class ModelEngine:
         self._why_plain = why_plain or f"{self.model!r} is served without adapters here; ask another node"
         self._long = LongWork(make_job, make_features, clock)
         self._tuned_at = float("-inf")
-        self._was_tuning = False
+        self._chunk_s = 0.0  # what the last chunk of tuning took
         self._attempts: dict[tuple[str, int], Answer | Texts] = {}
         # Out of sight: no part in a step, no slot. The worker core pauses one at a time, which bounds memory.
         self._paused: dict[tuple[str, int], Answer] = {}
@@ -230,9 +231,7 @@ class ModelEngine:
 
     def step(self) -> list[Event]:
         if self._long.is_due(is_alone=not self._attempts) and self._is_tunings_turn():
-            self._was_tuning = True
             return self._tune()
-        self._was_tuning = False
         if self.shared is not None:
             self._share(self.shared)
         picks = list(self._picks())
@@ -379,17 +378,19 @@ class ModelEngine:
     # ── tuning and adapters ─────────────────────────────────────────────────────────────────────────
 
     def _is_tunings_turn(self) -> bool:
-        """Whoever waits for a first token comes before; decoding and tuning take turns."""
+        """Whoever waits for a first token comes before, and everybody before tuning that has time; otherwise
+        decoding and tuning take as much time as each other."""
         if not self._attempts:
             return True
         waited_s = self._clock() - self._tuned_at
-        if any(sequence.is_reading for a in self._attempts.values() for sequence in a.sequences[:1]):
-            return waited_s >= _TUNING_EVERY_S
-        return not self._was_tuning
+        is_read = any(sequence.is_reading for a in self._attempts.values() for sequence in a.sequences[:1])
+        return waited_s >= (_TUNING_EVERY_S if is_read or self._long.stands_back else self._chunk_s)
 
     def _tune(self) -> list[Event]:
+        began_at = self._clock()
         events = self._long.step()
         self._tuned_at = self._clock()
+        self._chunk_s = self._tuned_at - began_at
         if any(isinstance(event, Ended) and event.output is not None for event in events):
             self.adapters()  # served from now on
         return events

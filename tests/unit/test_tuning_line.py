@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator.policy.work import PATIENCE
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
 from mesh.messages import AdapterCard, FeaturesHeld, Submit, TuneSpec
@@ -17,6 +18,7 @@ class Line:
 
     def __init__(self) -> None:
         self.now = 100.0
+        self.step_s = 0.0
         self.made: list[tuple[str, float | None]] = []
         self.closed = 0
         self.tuning = Tuning(tunes(self._make), lambda: self.now)
@@ -42,6 +44,7 @@ class _Job:
 
     def step(self) -> TuneEvent:
         self._n += 1
+        self._line.now += self._line.step_s
         self.progress = Snapshot(phase="training", fraction=self._n / 2)
         if self._n == 2:
             self.result = CARD
@@ -94,3 +97,20 @@ def test_one_that_is_stopped_in_line_leaves_the_first_alone() -> None:
     assert isinstance(ended, Ended) and (ended.state, ended.reason, line.closed) == ("cancelled", "enough", 0)
     *_, done = line.tuning.step()
     assert isinstance(done, Ended) and (done.state, done.task) == ("done", "first")
+
+
+def test_a_job_stands_back_while_it_has_the_time_and_takes_its_share_once_it_has_not() -> None:
+    line = Line()
+    line.start("first", 200.0)
+    assert not line.tuning.stands_back, "nobody knows yet how long it takes"
+    line.step_s = 10.0
+    line.tuning.step()  # half of it: ten more seconds are left
+    assert line.tuning.stands_back
+    line.now += 200.0 - 10.0 - PATIENCE * 10.0
+    assert not line.tuning.stands_back
+
+
+def test_a_job_without_a_deadline_always_stands_back() -> None:
+    line = Line()
+    line.start("first")
+    assert line.tuning.stands_back

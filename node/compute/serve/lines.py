@@ -55,6 +55,11 @@ class LongWork:
         return (is_alone and len(self) > 0) or bool(self._pressing)
 
     @property
+    def stands_back(self) -> bool:
+        """Whether all that is due has the time to let answers and prompts go first; nobody waits for it."""
+        return all(line is self._tuning and line.stands_back for line in self._pressing)
+
+    @property
     def _pressing(self) -> list[Tuning]:
         return [line for line in (self._tuning, self._wanted) if line is not None and len(line)]
 

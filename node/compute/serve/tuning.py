@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, Protocol
 
+from coordinator.policy.work import PATIENCE
 from mesh.errors import ConfigError
 from mesh.messages import AdapterCard, FeaturesHeld, Output, TaskProgress, TuneSpec
 from node.compute.engine import Event, refused
@@ -31,6 +32,9 @@ class Job(Protocol):
     def step(self) -> TuneEvent: ...
     def close(self) -> None: ...
 
+
+_KNOWN_FROM = 0.02
+"""Share of a job that must be done before what is left of it is known well enough to put it off."""
 
 MakeJob = Callable[[TuneSpec, float | None], Job]
 """What to train, and the seconds left for it, ``None`` = no hurry."""
@@ -66,9 +70,23 @@ class Tuning:
         self._line: dict[tuple[str, int], tuple[Run, float]] = {}  # bounded by the engine's slots
         self._job: Job | None = None
         self._seq = 0
+        # Of the job that runs: time it worked here, and its progress when it began and now.
+        self._worked_s = self._began_with = self._fraction = 0.0
 
     def __len__(self) -> int:
         return len(self._line)
+
+    @property
+    def stands_back(self) -> bool:
+        """Whether the first job has the time to let everything else on this node go first."""
+        run, started_at = next(iter(self._line.values()))
+        if run.budget_s is None:
+            return True
+        done = self._fraction - self._began_with
+        if done < _KNOWN_FROM:
+            return False
+        left_s = run.budget_s - (self._clock() - started_at)
+        return left_s > PATIENCE * self._worked_s * (1 - self._fraction) / done
 
     def start(self, run: Run) -> list[Event]:
         ahead = len(self._line)
@@ -97,7 +115,11 @@ class Tuning:
                 waited_s = self._clock() - started_at
                 left_s = None if run.budget_s is None else max(0.0, run.budget_s - waited_s)
                 self._job = self._begin(run, left_s)
+                self._began_with = self._job.progress.fraction
+            began_at = self._clock()
             event = self._job.step()
+            self._worked_s += self._clock() - began_at
+            self._fraction = event.progress.fraction
             events: list[Event] = [self._progress(run, event.progress)]
         except MissingFeaturesError as error:
             del self._line[key]
@@ -129,6 +151,7 @@ class Tuning:
         if self._job is not None:
             self._job.close()
         self._job = None
+        self._worked_s = self._began_with = self._fraction = 0.0
 
     def _progress(self, run: Run, snapshot: Snapshot) -> Progress:
         self._seq += 1
