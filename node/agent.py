@@ -25,6 +25,7 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    FeaturesArrived,
     FeaturesProfiled,
     PauseAttempt,
     RatesMeasured,
@@ -151,6 +152,7 @@ class Agent:
             peers=lambda: self._peers,
             info=lambda: self._info,
             learn=lambda fact: self._driver.learn(fact),
+            publish=lambda message: self.bus.publish(message),
             files=self._files.blobs,
         )
         self._server = server_of(settings, identity, self._hello, self._cache.server.routes())
@@ -181,7 +183,7 @@ class Agent:
             bus=self.bus,
             journal=self._journal,
             on_fact=self._on_fact,
-            on_heard=self._on_heard if self.has_screen else lambda heard: None,
+            on_heard=self._on_heard,
         )
         self._peers = Peers(
             me=self.node,
@@ -298,7 +300,9 @@ class Agent:
     # ── facts ───────────────────────────────────────────────────────────────────────────────────────
 
     def _on_heard(self, heard: Heard) -> None:
-        self._view.apply(heard.message, heard.sender, time.monotonic())
+        self._cache.on_heard(heard)
+        if self.has_screen:
+            self._view.apply(heard.message, heard.sender, time.monotonic())
 
     def _on_fact(self, fact: Fact) -> None:
         """What the cores, or the shell itself, say happened: who must do something about it?"""
@@ -315,7 +319,7 @@ class Agent:
                 self._broker_host.stop()
             case UseBroker(broker=broker):
                 self._use_broker(broker)
-            case StartAttempt() | StopAttempt() | PauseAttempt() | ResumeAttempt():
+            case StartAttempt() | StopAttempt() | PauseAttempt() | ResumeAttempt() | FeaturesArrived():
                 if self._worker is not None:
                     self._worker.carry_out(fact)
             case EngineReady():
@@ -326,7 +330,8 @@ class Agent:
                     context_tokens=fact.context_tokens, device=device or "cpu",
                     precision=fact.precision or None, precision_reason=fact.precision_reason or None,
                     adapters=list(fact.adapters[:ADAPTERS_MAX]), rates=fact.rates, can_pause=fact.can_pause,
-                    features_profile=fact.features_profile,
+                    features_profile=fact.features_profile, top_layers=fact.top_layers,
+                    holds="all" if fact.top_layers is None else "top",
                 )  # fmt: skip
             case AdaptersChanged(names=names):
                 self._change_info(adapters=list(names[:ADAPTERS_MAX]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,15 @@ from mesh.agreement.membership import Standing
 from mesh.cache.moves import MovesConfig
 from mesh.cache.ring import RingEpoch
 from mesh.cache.sharding import Sharding
-from mesh.core import Fact
+from mesh.core import Fact, Message
+from mesh.facts import LinkUp
 from mesh.ids import EPOCH_ZERO, NodeId
-from mesh.messages import NodeInfo
+from mesh.messages import CacheReport, ClearShare, NodeInfo
+from mesh.messages.cache import CacheTier
 from mesh.transport.bulk.blobs import Holder
 from mesh.transport.bulk.client import BulkClient
 from mesh.transport.bulk.server import BulkServer
+from mesh.transport.bus import Heard
 from mesh.transport.identity import Identity
 from mesh.wire import MESH
 from node.cache.link import LinkServer
@@ -32,6 +37,9 @@ from node.peers import Peers
 
 __all__ = ["NodeCache"]
 
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 2.0
 NO_RING = RingEpoch(EPOCH_ZERO, 0)
 """What a node says that has not heard of any."""
 
@@ -44,7 +52,7 @@ class NodeCache:
         cores, peers: Asked when needed: they are made after the data plane.
         info: What this node says of itself now.
         files: What it gives to peers beside its packs.
-        learn: Takes facts for the cores.
+        learn: Takes facts for the cores. ``publish``: sends a message to everybody.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class NodeCache:
         peers: Callable[[], Peers],
         info: Callable[[], NodeInfo],
         learn: Callable[[Fact], None],
+        publish: Callable[[Message], None] = lambda message: None,
         files: FileBlobs | None = None,
         moves: MovesConfig | None = None,
     ) -> None:
@@ -68,6 +77,10 @@ class NodeCache:
         self._cores = cores
         self._peers = peers
         self._info = info
+        self._publish = publish
+        self._said: CacheReport | None = None  # on this broker
+        self._n_clears = 0
+        self._clearing: asyncio.Task[None] | None = None
         self.share = Share(directory, quota_bytes, pace=self._tokens_per_s)
         self.client = BulkClient(identity.client_context(), self._epoch)
         store = self.share if files is None else WithFiles(self.share, files)
@@ -98,10 +111,50 @@ class NodeCache:
         await self.share.close()
 
     async def run(self) -> None:
-        await self.rounds.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.rounds.run(), name="cache.rounds")
+            group.create_task(self._report(), name="cache.report")
 
     def on_fact(self, fact: Fact) -> None:
+        if isinstance(fact, LinkUp):
+            self._said = None  # the broker may be new
         self.rounds.on_fact(fact)
+
+    def on_heard(self, heard: Heard) -> None:
+        if isinstance(heard.message, ClearShare) and (self._clearing is None or self._clearing.done()):
+            log.warning("cache_cleared by=%s", heard.sender)
+            self._clearing = asyncio.create_task(self._clear(), name="cache.clear")
+
+    @property
+    def report(self) -> CacheReport:
+        """What this node holds, and what the cache has done for it."""
+        stats, info = self.reads.stats, self._info()
+        return CacheReport(
+            node=info.node,
+            incarnation=info.incarnation,
+            quota_bytes=self.share.quota_bytes,
+            held_bytes=self.share.n_bytes,
+            blocks=self.share.n_blocks,
+            memory=_told(stats.memory),
+            disk=_told(stats.disk),
+            peers=_told(stats.peers),
+            misses=stats.misses,
+            given_bytes=self.rounds.moves.n_bytes_sent,
+            clears=self._n_clears,
+        )
+
+    async def _report(self) -> None:
+        while True:
+            report = self.report
+            if report != self._said:
+                self._said = report
+                self._publish(report)
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _clear(self) -> None:
+        await self.share.clear()
+        self._n_clears += 1
+        self._publish(self.report)
 
     async def serve_link(self, sock: socket.socket) -> None:
         """The compute process's reads, until it closes its end."""
@@ -135,3 +188,7 @@ class NodeCache:
 
 def _count(tier: Tier) -> TierCount:
     return TierCount(hits=tier.hits, n_bytes=tier.n_bytes, saved_s=tier.saved_s)
+
+
+def _told(tier: TierCount) -> CacheTier:
+    return CacheTier(hits=tier.hits, bytes=tier.n_bytes, saved_s=round(tier.saved_s, 3))

@@ -118,6 +118,10 @@ class Share:
         return self._disk.n_bytes if self._disk is not None else 0
 
     @property
+    def n_blocks(self) -> int:
+        return len(self._disk.places) if self._disk is not None else 0
+
+    @property
     def changes(self) -> int:
         """Counts up whenever ``held`` may say something else."""
         return self._changes + (self._disk.changes if self._disk is not None else 0)
@@ -151,6 +155,10 @@ class Share:
         """Write what is gathered now."""
         for is_spare in (False, True):
             await self._in_thread(partial(self._write, is_spare))
+
+    async def clear(self) -> None:
+        """Let go of everything, also of what the compute process wrote."""
+        await self._in_thread(self._clear)
 
     async def close(self) -> None:
         await self.flush()
@@ -308,6 +316,17 @@ class Share:
             # Room for one more pack, made here, where it is known which copies matter least: the compute
             # process would have to let go of what it knows least of.
             self._disk.make_room(self._disk.pack_bytes, float("inf"))
+
+    def _clear(self) -> None:
+        with self._lock:
+            for is_spare, gathered in self._gathered.items():
+                for key in gathered.blocks:
+                    self._intake.failed(key)
+                self._gathered[is_spare] = _Gathered()
+            self._changes += 1
+            if self._disk is not None:
+                for name in list(self._disk.packs):
+                    self._disk.remove(name)
 
     def _reweigh(self) -> None:
         if self._disk is None or 2 * self._disk.n_bytes < self.quota_bytes:
