@@ -100,6 +100,10 @@ class Output:
     """tune: what was trained."""
     features: FeaturesHeld | None = None
     """tune, features: what the task read, for those who place the next one."""
+    state: str | None = None
+    """A part of a tuning job: digest of what it trained, in hexadecimal."""
+    lacking: list[int] = field(default_factory=list)
+    """A part of a tuning job that could not start: parts of the round before whose states nobody has."""
 
     @property
     def n_bytes(self) -> int:
@@ -114,6 +118,9 @@ class Output:
         numbers = sum(map(len, self.scores)) + sum(map(len, self.vectors))
         if numbers > NUMBERS_MAX:
             raise ValueError(f"an output holds at most {NUMBERS_MAX} numbers, got {numbers}")
+        check_text("state", self.state, 128)
+        if len(self.lacking) > TEXTS_MAX:
+            raise ValueError(f"at most {TEXTS_MAX} parts are lacking")
         if max(len(self.labels), len(self.scores), len(self.vectors)) > TEXTS_MAX:
             raise ValueError(f"an output is of at most {TEXTS_MAX} texts")
         check_labels(self.classes, self.labels)

@@ -17,13 +17,52 @@ from mesh.messages.checks import (
     check_text,
 )
 
-__all__ = ["INLINE_DATA_BYTES_MAX", "TaskProgress", "TuneSpec", "TuneTask", "features_identity"]
+__all__ = ["INLINE_DATA_BYTES_MAX", "TaskProgress", "TunePart", "TuneSpec", "TuneTask", "features_identity"]
 
 TuneTask = Literal["classify", "chat", "complete"]
 
 # A submission and an answer share one frame with room to spare (see ``mesh.wire``). Larger data stays a
 # file on the nodes that hold it.
 INLINE_DATA_BYTES_MAX = 192 * 1024
+
+
+NODES_MAX = 64
+"""Parts of one job; beyond some tens, averaging costs more than the further node brings."""
+_STATE_DIGITS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunePart:
+    """Which step of a job that is trained on several nodes a task is; made by the coordinator.
+
+    ::
+
+        begin ──▶ train 0, 1, … N-1 (round 0) ──▶ train 0, 1, … (round 1) ──▶ … ──▶ merge
+
+    Every step of a round starts from the mean of the states that the steps of the round before have left.
+    """
+
+    parent: TaskId
+    stage: Literal["begin", "train", "merge"]
+    """``begin`` chooses the layers and settles how features are computed; ``merge`` makes the adapter."""
+    index: int = 0
+    """Which of the ``TuneSpec.nodes`` parts of the records this one trains on."""
+    round: int = 0
+    profile: str = ""
+    """How features are computed, the same for all parts; empty for ``begin``."""
+    starts: list[str] = field(default_factory=list)
+    """Digests of the states of the round before, in the order of parts; empty in round 0."""
+
+    def __post_init__(self) -> None:
+        check_id("parent", self.parent)
+        check_count("index", self.index, NODES_MAX - 1)
+        check_count("round", self.round, 10_000)
+        check_text("profile", self.profile, 512)
+        if len(self.starts) > NODES_MAX:
+            raise ValueError(f"at most {NODES_MAX} starts")
+        for start in self.starts:
+            if not (len(start) == _STATE_DIGITS and set(start) <= set("0123456789abcdef")):
+                raise ValueError(f"starts must be {_STATE_DIGITS} hexadecimal digits each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +104,11 @@ class TuneSpec:
     """A longer record is cut at this many tokens."""
     feature_error: float = 0.0
     """Largest relative error accepted in a feature map; 0 = exact (raw)."""
+    nodes: int = 1
+    """Into so many parts the records are split, each trained on a node of its own where there are enough; the
+    states are averaged after each epoch. Another number gives another adapter."""
+    part: TunePart | None = None
+    """Only of tasks that a coordinator makes for a job of several ``nodes``."""
 
     def __post_init__(self) -> None:
         check_adapter_name("adapter", self.adapter)
@@ -95,6 +139,9 @@ class TuneSpec:
         check_count("max_tokens", self.max_tokens, 32_768, least=1)
         if not 0 <= self.feature_error < 1:
             raise ValueError(f"feature_error must be from 0 (exact) to below 1, got {self.feature_error}")
+        check_count("nodes", self.nodes, NODES_MAX, least=1)
+        if self.part is not None and self.part.index >= self.nodes:
+            raise ValueError(f"part {self.part.index} of {self.nodes}")
 
 
 def features_identity(spec: TuneSpec) -> str:
@@ -112,6 +159,8 @@ def features_identity(spec: TuneSpec) -> str:
         "top_layers": spec.top_layers,
         "feature_error": spec.feature_error,
     }
+    if spec.part is not None and spec.part.stage == "train":
+        whole["part"] = [spec.part.index, spec.nodes, spec.seed]  # the seed splits the records
     canonical = json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.blake2b(canonical, digest_size=16).hexdigest()
 

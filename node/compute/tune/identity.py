@@ -24,6 +24,8 @@ _NOT_PART = ("holders", "data", "data_sha256", "eval_data", "eval_sha256")
 def spec_digest(spec: TuneSpec, data_sha256: str, eval_sha256: str, backbone_digest: str) -> str:
     """32 hexadecimal digits. Records count by content, whether they came inline or as a file."""
     fields = {name: value for name, value in asdict(spec).items() if name not in _NOT_PART}
+    if spec.nodes == 1:  # adapters and checkpoints of before there were more have the same name still
+        del fields["nodes"], fields["part"]
     whole = {
         "spec": fields,
         "data": data_sha256,
