@@ -149,7 +149,7 @@ def features_identity(spec: TuneSpec) -> str:
 
     Which texts, how they become tokens, and at what cut they are read; nothing of how they are learned from.
     """
-    whole = {
+    whole: dict[str, object] = {
         "data": spec.data_sha256 or _sha256_of(spec.data),
         "eval": spec.eval_sha256 or _sha256_of(spec.eval_data),
         "task": spec.task,
