@@ -13,7 +13,7 @@ import click
 
 from mesh.errors import ConfigError, EdgemeshError, TaskError, UnreachableError, WrongKeyError
 from node import __version__
-from node.cli import adapters, ask, configure, invite, look, node_life, show, sim, texts, tune
+from node.cli import adapters, ask, cleanup, configure, invite, look, node_life, show, sim, texts, tune
 
 __all__ = ["cli", "exit_code", "main"]
 
@@ -31,7 +31,7 @@ Exit codes:
 """
 
 SECTIONS = (
-    ("A node on this device", ("join", "drain", "leave")),
+    ("A node on this device", ("join", "drain", "leave", "cleanup")),
     ("Ask the mesh", ("run", "submit", "classify", "score", "embed", "tasks", "cancel")),
     ("Teach it", ("tune", "adapters")),
     ("Look at it", ("status", "nodes", "task", "models")),
@@ -99,7 +99,7 @@ def cli() -> None:
     """
 
 
-for family in (node_life, ask, texts, tune, adapters, look, sim, invite, configure, show):
+for family in (node_life, ask, texts, tune, adapters, look, sim, invite, configure, cleanup, show):
     for command in family.COMMANDS:
         cli.add_command(command)
 

@@ -19,9 +19,9 @@ __all__ = ["COMMANDS"]
 
 ALL = (
     "mesh", "code", "new", "name", "seeds", "broker", "broker_kind", "interfaces", "port",
-    "plain", "plain_port", "compute", "model", "precision", "threads", "adapter_memory", "adapter_disk",
-    "adapter_replicas", "feature_memory",
-    "feature_disk", "slowdown", "policy", "headless", "log_format", "log_level", "state_dir",
+    "plain", "plain_port", "compute", "model", "precision", "hold", "top_layers", "threads",
+    "adapter_memory", "adapter_disk", "adapter_replicas", "feature_memory", "feature_disk",
+    "slowdown", "policy", "headless", "log_format", "log_level", "state_dir",
 )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ class Library:
             kept = Kept(held=_described(path, name, version, files), files=files.content.decode(),
                         used_at=self._now())  # fmt: skip
             log.info("adapter_version name=%s version=%d digest=%s", name, version, digest[:12])
-        self._link(path, self._version_path(digest))
+        self._link(path, self.version_path(digest))
         index.kept[kept.key] = kept
         index.shelf[name] = ShelfPlace(digest, identity)
         index.declined.pop(name, None)
@@ -186,7 +186,7 @@ class Library:
             content = kept.files.encode()
             blobs[bytes.fromhex(kept.held.digest)] = content
             for file in FileList.parse(content, lambda name: name in ADAPTER_FILES).files:
-                blobs[file.digest] = self._version_path(kept.held.digest) / file.name
+                blobs[file.digest] = self.version_path(kept.held.digest) / file.name
 
         def told(held: AdapterHeld) -> AdapterHeld:
             return replace(held, base=base) if held.base is None and held.is_own else held
@@ -227,6 +227,33 @@ class Library:
         path.mkdir(mode=0o700, parents=True)
         return path
 
+    def kept(self) -> list[tuple[Kept, bool]]:
+        """Every version here, and whether it is the one that is served.
+
+        Raises:
+            OSError: The index cannot be read.
+        """
+        if not self.home.is_dir():
+            return []
+        with open_index(self.home) as index:
+            return [(kept, index.is_current(kept)) for kept in index.kept.values()]
+
+    def forget_version(self, name: str, digest: str) -> None:
+        """Remove a version from this machine; if it is the one that is served, the name with it.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        with open_index(self.home) as index:
+            kept = index.kept.get((name, digest))
+            if kept is None:
+                return
+            if index.is_current(kept):
+                self._decline(index, name)
+                self.discard(self.directory / name)
+            else:
+                self._drop(index, [kept])
+
     def own_copy(self, digest: str) -> tuple[FileList, Path] | None:
         """A version that is kept here, as if it had just arrived; ``None`` if it is not.
 
@@ -238,7 +265,7 @@ class Library:
             if kept is None:
                 return None
             path = self.home / "partial" / secrets.token_hex(8)
-            self._link(self._version_path(digest), path)
+            self._link(self.version_path(digest), path)
             return FileList.parse(kept.files.encode(), lambda name: name in ADAPTER_FILES), path
 
     def sweep(self) -> int:
@@ -288,7 +315,7 @@ class Library:
                     return None  # another process of this machine was faster
                 if not is_own and not self._make_room(index, held.bytes, is_wanted, only_here):
                     return "no room: see the setting adapter_disk"
-                version = self._version_path(held.digest)
+                version = self.version_path(held.digest)
                 if not version.exists():
                     version.parent.mkdir(mode=0o700, exist_ok=True)
                     replace_directory(partial, version)
@@ -384,7 +411,7 @@ class Library:
         for kept in list(versions):
             del index.kept[kept.key]
             if not any(digest == kept.held.digest for _, digest in index.kept):
-                self.discard(self._version_path(kept.held.digest))
+                self.discard(self.version_path(kept.held.digest))
 
     def _make_room(
         self, index: Index, n_bytes: int, evicts: bool, only_here: Container[str], *, is_trial: bool = False
@@ -422,7 +449,7 @@ class Library:
             path.rename(bin_path)
         shutil.rmtree(bin_path, ignore_errors=True)
 
-    def _version_path(self, digest: str) -> Path:
+    def version_path(self, digest: str) -> Path:
         return self.home / "versions" / digest
 
 
