@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.ids import TaskId
-from mesh.messages import Assign, NodeRates, Outcome, TaskProgress
+from mesh.messages import Assign, FeaturesHeld, FeaturesSpec, NodeRates, Outcome, TaskProgress
 
 __all__ = [
     "NODE_STOPS",
@@ -16,6 +16,8 @@ __all__ = [
     "DrainChanged",
     "EngineLost",
     "EngineReady",
+    "FeaturesArrived",
+    "FeaturesNeeded",
     "FeaturesProfiled",
     "PauseAttempt",
     "RatesMeasured",
@@ -41,6 +43,8 @@ class EngineReady:
     can_pause: bool = False
     features_profile: str | None = None
     """How it computes feature maps, if that is known already."""
+    top_layers: int | None = None
+    """It holds so many layers at the top; ``None``: all of them."""
 
 
 NODE_STOPS = "the node is stopping"
@@ -122,6 +126,27 @@ class AttemptProgress:
     """Shell to worker core: how far a tuning attempt is. ``seq`` is the core's to set."""
 
     progress: TaskProgress
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesNeeded:
+    """Shell to worker core: the attempt waits for feature maps that this node cannot make."""
+
+    task: TaskId
+    attempt: int
+    round: int
+    spec: FeaturesSpec
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesArrived:
+    """Worker core to shell: the mesh has them (``made``), or will not (``reason``)."""
+
+    task: TaskId
+    attempt: int
+    round: int
+    made: FeaturesHeld | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

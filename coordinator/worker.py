@@ -2,6 +2,7 @@
 
     Assign ──▶ StartAttempt ─▷ shell ─▷ AttemptText, AttemptProgress…
        └─▶ Refused                   ─▷ AttemptFinished ──▶ Save, AttemptEnded… until OutcomeTaken
+                                     ─▷ FeaturesNeeded ──▶ FeaturesWanted… until FeaturesReady
 
 A task runs here at most once at a time: whoever assigns it again, under whatever attempt or epoch, is
 told which attempt runs already. With all slots taken, an ``Assign`` may name a generation that stands still
@@ -24,6 +25,8 @@ from coordinator.facts import (
     DrainChanged,
     EngineLost,
     EngineReady,
+    FeaturesArrived,
+    FeaturesNeeded,
     PauseAttempt,
     ResumeAttempt,
     StartAttempt,
@@ -42,6 +45,8 @@ from mesh.messages import (
     AttemptsRunning,
     CancelAttempt,
     Drain,
+    FeaturesReady,
+    FeaturesWanted,
     Outcome,
     OutcomeTaken,
     Refused,
@@ -59,6 +64,8 @@ class WorkerConfig:
     end_every_s: float = 1.0
     """First repetition of an outcome; doubled while nobody takes it, at most ``end_every_max_s``."""
     end_every_max_s: float = 8.0
+    ask_every_s: float = 2.0
+    """Repetition of what an attempt waits for; the answer itself comes at once when it is there."""
     over_max: int = 1024
     """Attempts remembered after their end, so that a late ``Assign`` does not run one twice: at two a
     second, eight minutes, much longer than any broker keeps a message."""
@@ -69,6 +76,8 @@ class _Running:
     assign: Assign
     started_at: float
     n_pieces: int = 0
+    wants: FeaturesWanted | None = None
+    """Feature maps that it waits for."""
     stopped_for: str | None = None
     """Why it was told to stop: ``deadline``, or a coordinator's reason."""
 
@@ -106,6 +115,8 @@ class Worker:
             key: _Ended(now, self._config.end_every_s) for key in store.ended
         }
         self._report_at = FOREVER
+        self._ask_at = FOREVER
+        """When what attempts wait for is asked for again."""
 
     # ── what others may read ────────────────────────────────────────────────────────────────────────
 
@@ -134,13 +145,15 @@ class Worker:
         late_at = min(
             (run.deadline_at for run in self._running.values() if not run.stopped_for), default=FOREVER
         )
-        return min(self._report_at, late_at, ends_at if self._coordinator else FOREVER)
+        return min(self._report_at, late_at, min(ends_at, self._ask_at) if self._coordinator else FOREVER)
 
     # ── the three entrances ─────────────────────────────────────────────────────────────────────────
 
     def receive(self, message: Message, sender: NodeId, now: float) -> list[Effect]:
         match message:
-            case Assign() | CancelAttempt() | OutcomeTaken() if not self._fence.admits(message.epoch):
+            case Assign() | CancelAttempt() | OutcomeTaken() | FeaturesReady() if not self._fence.admits(
+                message.epoch
+            ):
                 return [Send(sender, StaleCommand(seen=self._fence.seen))]
             case Assign():
                 return [*self._obey(message, now), *self._assign(message, sender, now)]
@@ -149,6 +162,8 @@ class Worker:
             case OutcomeTaken(task=task, attempt=attempt):
                 self._repeat.pop((task, attempt), None)
                 return [*self._obey(message, now), *self._store.take(task, attempt)]
+            case FeaturesReady():
+                return self._features_ready(message)
             case Drain(on=on, leave=leave):
                 self._is_draining = on
                 return [Notify(DrainChanged(draining=on, leave=leave))]
@@ -171,6 +186,8 @@ class Worker:
                 return self._text(fact)
             case AttemptProgress(progress=progress):
                 return self._progress(progress)
+            case FeaturesNeeded():
+                return self._features_needed(fact, now)
             case AttemptFinished(task=task, attempt=attempt, outcome=outcome):
                 run = self._running.get(task)
                 if run is None or run.assign.attempt != attempt:
@@ -189,6 +206,8 @@ class Worker:
             return effects
         if self._report_at <= now:
             effects.append(self._report(self._coordinator, now))
+        if self._ask_at <= now:
+            effects += self._ask(self._coordinator, now)
         for key, due in list(self._repeat.items()):
             if due.at <= now:
                 effects += self._tell(key, due, self._coordinator, now)
@@ -207,6 +226,7 @@ class Worker:
         """From now on this one hears of attempts, beginning with all it may have missed."""
         self._coordinator = coordinator
         effects: list[Effect] = [self._report(coordinator, now)] if self._running else []
+        effects += self._ask(coordinator, now)
         for key, due in list(self._repeat.items()):
             due.every_s = self._config.end_every_s
             effects += self._tell(key, due, coordinator, now)
@@ -326,6 +346,31 @@ class Worker:
         seq = run.n_pieces
         run.n_pieces += 1
         return [Broadcast(replace(progress, seq=seq))] if run.assign.submit.stream else []
+
+    # ── feature maps from others ────────────────────────────────────────────────────────────────────
+
+    def _features_needed(self, need: FeaturesNeeded, now: float) -> list[Effect]:
+        run = self._running.get(need.task)
+        if run is None or run.assign.attempt != need.attempt:
+            return []
+        run.wants = FeaturesWanted(task=need.task, attempt=need.attempt, round=need.round, spec=need.spec)
+        return self._ask(self._coordinator, now) if self._coordinator is not None else []
+
+    def _ask(self, coordinator: NodeId, now: float) -> list[Effect]:
+        """All that attempts wait for: the coordinator makes one task of each, however often it hears."""
+        wanted = [run.wants for run in self._running.values() if run.wants is not None]
+        self._ask_at = now + self._config.ask_every_s if wanted else FOREVER
+        return [Send(coordinator, wants) for wants in wanted]
+
+    def _features_ready(self, ready: FeaturesReady) -> list[Effect]:
+        run = self._running.get(ready.task)
+        if run is None or run.wants is None:
+            return []
+        if (run.wants.attempt, run.wants.round) != (ready.attempt, ready.round):
+            return []
+        run.wants = None
+        arrived = FeaturesArrived(ready.task, ready.attempt, ready.round, ready.made, ready.reason)
+        return [Notify(arrived)]
 
     def _engine_lost(self, reason: str, now: float) -> list[Effect]:
         """Everything that ran is lost with the compute process, through no fault of the tasks."""

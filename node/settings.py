@@ -45,12 +45,14 @@ CONFIG_BYTES_MAX = 1024 * 1024  # a full table is about 1 KiB; anything near thi
 SEED_PORT = 8470
 """``mesh.transport.streams.DEFAULT_PORT``, without importing its HTTP library into every command."""
 THREADS_MAX = 1024
+LAYERS_MAX = 1024
 SIZE_MAX_BYTES = 10**15
 TEST_VARIABLES = frozenset({"EDGEMESH_LONG"})  # the test suite's own
 
 BrokerKind = Literal["auto", "mosquitto", "amqtt"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 AdapterReplicas = Literal["auto", "all", "demand"]
+Hold = Literal["auto", "all", "top"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -88,6 +90,9 @@ class Settings:
     model: str | None = None
     """``None``: the catalogue's default."""
     precision: Precision = "auto"
+    hold: Hold = "auto"
+    """``top``: load no more than ``top_layers``; ``auto``: only where the whole model finds no memory."""
+    top_layers: int = 4
     threads: int | None = None
     """``None``: as many as there are physical cores."""
     adapter_memory: int = 512_000_000
@@ -175,6 +180,16 @@ def _threads(value: Any) -> int:
     if not 1 <= threads <= THREADS_MAX:
         raise ValueError(f"must be a number of threads from 1 to {THREADS_MAX}, got {value!r}")
     return threads
+
+
+def _top_layers(value: Any) -> int:
+    try:
+        layers = int(value) if not isinstance(value, bool) else 0
+    except (TypeError, ValueError):
+        layers = 0
+    if not 1 <= layers <= LAYERS_MAX:
+        raise ValueError(f"must be a number of layers from 1 to {LAYERS_MAX}, got {value!r}")
+    return layers
 
 
 def _slowdown(value: Any) -> float:
@@ -332,6 +347,11 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="precision", parse=_one_of("auto", "fp32", "bf16", "fp16", "int8", "int4"),
             metavar="auto|fp32|bf16|fp16|int8|int4",
             help="Number format of the weights; auto: by free memory and measured speed [default: auto]."),
+    Setting(name="hold", parse=_one_of("auto", "all", "top"), metavar="auto|all|top",
+            help="Which layers to load; top: the upper ones, to tune and to read texts from feature maps of "
+                 "other nodes; auto: all if they find memory [default: auto]."),
+    Setting(name="top_layers", parse=_top_layers, metavar="K",
+            help="How many layers a node loads that holds the top [default: 4]."),
     Setting(name="threads", parse=_threads, metavar="N",
             help="Most threads to compute with; fewer while others need them [default: all cores]."),
     Setting(name="adapter_memory", parse=_size, metavar="SIZE",
@@ -464,5 +484,9 @@ def _check_combinations(settings: Settings) -> None:
         raise ConfigError("--no-plain turns off the listener of --plain-port: give only one of the two")
     if settings.slowdown > 1 and not settings.compute:
         raise ConfigError("--slowdown slows what --no-compute leaves out: give only one of the two")
+    if settings.hold == "top" and not settings.compute:
+        raise ConfigError(
+            "--hold top says what to load, --no-compute loads nothing: give only one of the two"
+        )
     if settings.port and settings.port == settings.plain_port:
         raise ConfigError(f"--port and --plain-port are both {settings.port}: they are two listeners")

@@ -41,6 +41,8 @@ from coordinator.facts import (
     AttemptText,
     EngineLost,
     EngineReady,
+    FeaturesArrived,
+    FeaturesNeeded,
     FeaturesProfiled,
     PauseAttempt,
     RatesMeasured,
@@ -58,9 +60,11 @@ from node.compute.messages import (
     LENGTH_BYTES,
     Adapters,
     Ended,
+    FeaturesGiven,
     Load,
     LoadFailed,
     Loading,
+    NeedFeatures,
     Pause,
     Profiled,
     Progress,
@@ -174,7 +178,9 @@ class ComputeWorker:
             return 0.0
         return sum(n for _, n in self._spoken) / max(1.0, now - self._spoken[0][0])
 
-    def carry_out(self, fact: StartAttempt | StopAttempt | PauseAttempt | ResumeAttempt) -> None:
+    def carry_out(
+        self, fact: StartAttempt | StopAttempt | PauseAttempt | ResumeAttempt | FeaturesArrived
+    ) -> None:
         """Pass an order on. Without a loaded model an attempt fails at once, to be tried elsewhere."""
         match fact:
             case StartAttempt(assign=assign):
@@ -198,6 +204,16 @@ class ComputeWorker:
                 self._say(Pause(task=task, attempt=attempt))
             case ResumeAttempt(task=task, attempt=attempt):
                 self._say(Resume(task=task, attempt=attempt))
+            case FeaturesArrived(task=task, attempt=attempt) if (task, attempt) in self._running:
+                self._say(
+                    FeaturesGiven(
+                        task=task,
+                        attempt=attempt,
+                        round=fact.round,
+                        made=fact.made,
+                        reason=fact.reason,
+                    )
+                )
         self._describe()
 
     async def run(self) -> None:
@@ -338,12 +354,15 @@ class ComputeWorker:
                         rates=message.rates,
                         can_pause=message.can_pause,
                         features_profile=message.features_profile,
+                        top_layers=message.top_layers,
                     )
                 )
             case Adapters(names=names):
                 self._learn(AdaptersChanged(tuple(names)))
             case Rates(rates=rates):
                 self._learn(RatesMeasured(rates))
+            case NeedFeatures():
+                self._learn(FeaturesNeeded(message.task, message.attempt, message.round, message.spec))
             case Profiled(profile=profile):
                 self._learn(FeaturesProfiled(profile))
             case Text(task=task, attempt=attempt, text=text, n_tokens=n_tokens):
@@ -394,7 +413,7 @@ class ComputeWorker:
         """Between two tasks: have another weight format loaded if deadlines ask for it."""
         pressure = self._hurry.pressure
         is_due = pressure >= _PRESSING and self._load.precision == "auto" and not self._running
-        if not is_due or self._ready is None:
+        if not is_due or self._ready is None or self._ready.top_layers is not None:
             return
         self._hurry.forget()  # looked at, whatever comes of it
         try:
@@ -450,6 +469,8 @@ def load_of(model: str, settings: Settings, state: StateDir, maps_dir: Path | No
         feature_memory_bytes=settings.feature_memory,
         feature_disk_bytes=settings.feature_disk,
         slowdown=settings.slowdown,
+        hold=settings.hold,
+        top_layers=settings.top_layers,
     )
 
 

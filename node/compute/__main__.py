@@ -124,6 +124,7 @@ def main() -> int:
             rates=slowed(loaded.rates, load.slowdown),
             can_pause=True,
             features_profile=loaded.features_profile,
+            top_layers=loaded.top_layers,
         )
     )
     _serve(engine, adapters, rates, pace, inbox, say)
@@ -147,6 +148,8 @@ class _Loaded:
     """``None``: there is nothing to measure, or it was measured at an earlier start."""
     features_profile: str | None = None
     """As far as known without computing now."""
+    top_layers: int | None = None
+    """``None``: all layers are loaded."""
 
 
 class _AdapterWatch:
@@ -246,7 +249,7 @@ def _load(load: Load, say: Say, pace: Pace, link: MeshLink | None) -> _Loaded:
 
     directory, manifest = prepare(source, Path(load.models_dir), _convert, progress)
     home = Path(load.models_dir) / source.slug
-    _choose(load, directory, home)  # what cannot fit is refused before two seconds of importing
+    why_top = _why_top(load, directory, home)  # what cannot fit is refused before seconds of importing
     progress(f"loading {source.display}", 0.0)
 
     import torch
@@ -263,6 +266,12 @@ def _load(load: Load, say: Say, pace: Pace, link: MeshLink | None) -> _Loaded:
     progress(f"loading {source.display}", 0.4)
     device = best_device()
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if why_top is not None:
+        if load.hold == "auto" and not LlamaBackbone.can_run(config):
+            raise _NoMemoryError(why_top)
+        return _load_top(
+            load, source, directory, manifest.weights_sha256, device, threads, pace, link, why_top
+        )
     formats = PRECISIONS if LlamaBackbone.can_run(config) else ("fp32", "bf16", "fp16")
     if load.precision == "auto" and formats == PRECISIONS and not read_speeds(home):
         progress("measuring weight formats on this device, once", None)
@@ -297,6 +306,55 @@ def _load(load: Load, say: Say, pace: Pace, link: MeshLink | None) -> _Loaded:
         rated_as=rated_as,
         measure=None if kept else measurement(directory, digest, backbone, threads),
         features_profile=proof.profile,
+    )
+
+
+def _why_top(load: Load, directory: Path, home: Path) -> str | None:
+    """Why only the top layers are to be loaded; ``None``: all are.
+
+    Raises:
+        _NoMemoryError: All shall be loaded, and there is no room for them.
+        ConfigError: See ``_choose``.
+    """
+    if load.hold == "top":
+        return "the operator asked for it (--hold top)"
+    try:
+        _choose(load, directory, home)
+    except _NoMemoryError as error:
+        if load.hold == "all" or load.precision != "auto":
+            raise
+        return str(error)
+    return None
+
+
+def _load_top(
+    load: Load,
+    source: Source,
+    directory: Path,
+    digest: str,
+    device: str,
+    threads: int,
+    pace: Pace,
+    link: MeshLink | None,
+    why: str,
+) -> _Loaded:
+    """Raises: ConfigError, _NoMemoryError."""
+    from node.compute.top_assembly import top_engine, top_rates
+    from node.compute.tune.top_model import read_config, top_bytes
+
+    config = read_config(directory)
+    layers = min(load.top_layers, config.num_hidden_layers)
+    needed_bytes = top_bytes(config, layers, "classify") + AROUND_BYTES
+    _check_memory(f"loading the top {layers} layers of {source.display}", needed_bytes)
+    names = tuple(dict.fromkeys((source.name, source.display)))
+    engine = top_engine(load, names, directory, digest, device, threads, pace.clock, link=link)
+    return _Loaded(
+        engine=engine,
+        digest=digest,
+        precision_reason=f"the top {layers} of {config.num_hidden_layers} layers only: {why}",
+        adapters=engine.adapters,
+        rates=top_rates(config, layers),
+        top_layers=layers,
     )
 
 

@@ -144,9 +144,7 @@ class Ready:
     can_pause: bool = False
     """Whether it obeys ``Pause``."""
     top_layers: int | None = None
-    """It holds so many layers at the top; ``None``: all of them."""
-    holds_reason: str = ""
-    """Why not all, for people."""
+    """It holds so many layers at the top, for the reason in ``precision_reason``; ``None``: all of them."""
     features_profile: str | None = None
     """Precision and numerics of the feature maps it computes; ``None``: none, or not proven yet."""
 
