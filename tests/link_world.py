@@ -27,6 +27,8 @@ class Peers:
         self.gate = threading.Event()
         """Nothing comes before it is set."""
         self.gate.set()
+        self.n_free: int | None = None
+        """So many keys are answered even so."""
         self.batch = 8
         self.s_per_byte = 1e-9
         self.tallies: list[Tally] = []
@@ -41,7 +43,8 @@ class Peers:
         self, keys: Sequence[bytes], *, within_s: float = 10.0
     ) -> AsyncGenerator[list[Block | None], None]:
         for at in range(0, len(keys), self.batch):
-            await asyncio.to_thread(self.gate.wait, within_s)
+            if self.n_free is None or len(self.read_keys) >= self.n_free:
+                await asyncio.to_thread(self.gate.wait, within_s)
             part = keys[at : at + self.batch]
             self.read_keys += part
             found = [self.blocks.get(key) for key in part]

@@ -200,6 +200,8 @@ class LlamaBackbone:
     def features(self, segments: Sequence[Segment], cut: int) -> Tensor:
         assert not self.first_layer, "feature maps are made by the layers that are not here"
         rows = _Rows(self, segments)
+        if not cut:
+            rows.enter(0)  # with no layer below, features are what the embedding gives
         for index in range(cut):
             rows.enter(index)
             self._block(index, rows)
