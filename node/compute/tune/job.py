@@ -303,12 +303,16 @@ class TuneJob:
         """Every map once, a pass at a time; training finds them afterwards."""
         reading = maps.reading(texts, keep=False)
         share = self._features_share(trainer)
-        started_at = self._clock()
+        started_at, is_told = self._clock(), False
         while not reading.step():
             spent_s, done = self._clock() - started_at, max(reading.fraction, 1e-9)
             eta_s = spent_s / done * (1 - done) + spent_s / done * (1 - share) / max(share, 1e-9)
+            text = reading.text
+            if text and not is_told:
+                is_told = True
+                self._tell(text)
             self._progress_of(
-                trainer, maps, [], why, phase="features", fraction=share * reading.fraction, eta_s=eta_s
+                trainer, maps, [], text or why, phase="features", fraction=share * done, eta_s=eta_s
             )
             yield
 
