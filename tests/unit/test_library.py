@@ -11,7 +11,7 @@ import pytest
 from mesh.agreement.versions import Newest
 from mesh.messages.files import AdapterHeld
 from node.files.file_list import ADAPTER_FILES, FileList
-from node.files.library import OLDER_KEPT_MAX, REMEMBERED_S, Library
+from node.files.library import OLDER_KEPT_MAX, REMEMBERED_S, Holdings, Library
 from tests.unit.adapters_made import put_adapter
 
 BASE = "b" * 64
@@ -25,7 +25,7 @@ class Machine:
         self.shelf = path / "adapters"
         self.library = Library(self.shelf, quota_bytes=quota_bytes, now=lambda: self.at)
 
-    def look(self, newest: dict[str, Newest] | None = None):  # type: ignore[no-untyped-def]
+    def look(self, newest: dict[str, Newest] | None = None) -> Holdings:
         self.at += 1
         return self.library.look(newest or {}, BASE)
 
