@@ -18,21 +18,25 @@ The safety argument, per task:
 5. Workers and holders refuse an older epoch (``mesh.agreement.fence``), so whoever acts for one that is
    over gets no ``Held`` and acknowledges nothing.
 
-The parts: ``intake`` (clients), ``attempts`` (workers), ``copies`` and ``settlement`` (disks),
-``recovery`` (elections), all on one ``Term``. This file routes, and decides when.
+The parts: ``intake`` (clients), ``attempts`` (workers), ``copies`` and ``settlement`` (disks), ``recovery``
+(elections), ``groundwork`` (feature maps of one node for another), all on one ``Term``. This file routes, and
+decides when.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 
 from coordinator.admission import AdmissionConfig
+from coordinator.ahead import AheadConfig
 from coordinator.attempts import Attempts, AttemptsConfig
 from coordinator.cluster import Cluster, Node
 from coordinator.copies import Copies, CopiesConfig
 from coordinator.explanations import Explanations
+from coordinator.groundwork import Groundwork
 from coordinator.intake import Intake
 from coordinator.locality import Claims, Locality, nobody_claims
 from coordinator.placing import Placing
@@ -55,6 +59,7 @@ from mesh.messages import (
     AttemptEnded,
     AttemptsRunning,
     CancelTask,
+    FeaturesWanted,
     Held,
     Inventory,
     NodeForgotten,
@@ -93,6 +98,7 @@ class SchedulerConfig:
     attempts: AttemptsConfig = field(default_factory=AttemptsConfig)
     copies: CopiesConfig = field(default_factory=CopiesConfig)
     settlement: SettlementConfig = field(default_factory=SettlementConfig)
+    ahead: AheadConfig = field(default_factory=AheadConfig)
 
 
 class Mode(Enum):
@@ -158,6 +164,10 @@ class Scheduler:
         """Every task of the ledger as clients see it, in order of acceptance."""
         tasks = sorted(self._ledger, key=lambda task: (task.accepted_at, task.id))
         return [status_of(task, self.epoch, now) for task in tasks]
+
+    def waiting(self) -> Iterator[Task]:
+        """Tasks that no node runs yet, in order of arrival: to be read only."""
+        return self._ledger.waiting()
 
     def task(self, task: TaskId) -> Task | None:
         """As the ledger has it: to be read only."""
@@ -268,6 +278,13 @@ class Scheduler:
             admission=config.admission,
             status_keep_s=config.settlement.status_keep_s,
         )
+        self._groundwork = Groundwork(
+            term=self._term,
+            intake=self._intake,
+            attempts=self._attempts,
+            admission=config.admission,
+            config=config.ahead,
+        )
 
     def _begin(self, epoch: Epoch, now: float) -> list[Effect]:
         self._end()
@@ -335,6 +352,7 @@ class Scheduler:
                 for attempt in message.running if isinstance(message, Inventory) else message.attempts:
                     effects += self._attempts.running(sender, attempt, now)
         for task in self._ledger:
+            self._groundwork.found(task)
             if task.state == "queued":
                 effects += announce(task, self.epoch, now)
         carried_on = f"{self._ledger.n_open} open tasks carried on"
@@ -397,6 +415,8 @@ class Scheduler:
                 return [e for attempt in attempts for e in self._attempts.running(sender, attempt, now)]
             case Refused(attempt=attempt):
                 return self._attempts.refused(sender, attempt, now)
+            case FeaturesWanted():
+                return self._groundwork.wanted(message, sender, now)
             case AttemptEnded():
                 return self._attempt_ended(message, sender, now)
             case TaskStatus(task=task, epoch=epoch) if message.is_final and epoch < self.epoch:
@@ -455,6 +475,7 @@ class Scheduler:
     def _rest(self, effects: list[Effect], now: float) -> list[Effect]:
         """After every input: start what can start, and put what changed back on the agenda."""
         if self._mode is Mode.ACTIVE:
+            effects = [*effects, *self._groundwork.attend(now)]
             effects = [*effects, *self._attempts.place(now, with_recovered=not self._awaits_stragglers)]
         for task in self._ledger.take_touched():
             if task.is_open:

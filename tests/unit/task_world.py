@@ -17,6 +17,7 @@ from coordinator.facts import (
     AttemptProgress,
     AttemptText,
     EngineReady,
+    FeaturesArrived,
     StartAttempt,
     StopAttempt,
 )
@@ -131,6 +132,8 @@ class World:
     said: list[tuple[float, NodeId, Message]] = field(default_factory=list)
     """Everything broadcast, with its time and publisher: what clients could hear."""
     started: list[tuple[float, NodeId, Assign]] = field(default_factory=list)
+    arrived: list[tuple[NodeId, FeaturesArrived]] = field(default_factory=list)
+    """What workers handed to their engines."""
     cut: set[frozenset[NodeId]] = field(default_factory=set)
     """Pairs of nodes that cannot talk."""
     term: int = 0
@@ -284,6 +287,8 @@ class World:
                     host.journal[key] = record
                 case Notify(fact=StartAttempt(assign=assign)):
                     self._start_attempt(host, assign)
+                case Notify(fact=FeaturesArrived() as fact):
+                    self.arrived.append((host.node, fact))
                 case Notify(fact=StopAttempt(task=task, attempt=attempt)):
                     self._finish(host, task, attempt, is_stopped=True)
                 case _:
