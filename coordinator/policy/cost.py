@@ -174,7 +174,7 @@ class CostModel:
         """Take in how one attempt went.
 
         The rates are corrected by what the attempt turned out to be (its real counts of tokens, its company
-        in the batch); the error is that of the prediction made at its start, ``predicted_s``.
+        in the batch); the error is that of ``predicted_s``, made at its start and revised when others joined it.
         """
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:

@@ -211,7 +211,7 @@ class Dispatcher:
                 replace(observed, rows=rows, crowding=crowding),
                 reuse=running.reuse,
                 far=running.far,
-                predicted_s=running.expected_s,
+                predicted_s=running.expected_s + running.delayed_s,  # as last revised
             )
             self._books.nodes.learned(node, running.job.work.kind)
 
