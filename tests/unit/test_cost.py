@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -55,7 +56,8 @@ def test_work_counts_what_a_submission_asks_for(submit: Submit, expected: Work) 
 def test_needs_name_the_model_the_adapter_and_who_has_the_data() -> None:
     tune = TuneSpec(adapter="a", data_sha256="0" * 64, holders=[A])
     assert needs_of(Submit(kind="tune", tune=tune)) == Needs(holders=frozenset({A}))
-    assert needs_of(Submit(prompt="hi", model="m", adapter="p")) == Needs("m", "p")
+    assert needs_of(Submit(prompt="hi", model="m", adapter="p")) == Needs("m", "p", whole=True)
+    assert needs_of(Submit(kind="tune", tune=replace(tune, top_layers=2))).top_layers == 2
 
 
 def test_a_tuning_job_goes_on_with_what_is_left_and_an_answer_reads_its_prompt_again() -> None:
