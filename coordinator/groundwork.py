@@ -201,6 +201,8 @@ def _submit_for(parent: Task, wanted: FeaturesWanted, child: TaskId, model: str 
     """As much worth as the task that waits for it, and to be done before that one's time is over."""
     submit, left_s = parent.submit, parent.deadline_at - now
     tune = submit.tune
+    if tune is not None and tune.data_sha256 is None and tune.eval_sha256 is None:
+        tune = replace(tune, holders=[])  # the records travel along: any node can read them
     return Submit(
         kind="features",
         tune=replace(tune, top_layers=wanted.spec.top_layers) if tune is not None else None,
