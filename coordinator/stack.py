@@ -15,6 +15,7 @@ from coordinator.facts import DrainChanged
 from coordinator.holder import Holder
 from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.scheduler import Scheduler, SchedulerConfig
+from coordinator.spreading import Spreading
 from coordinator.store import RecordStore
 from coordinator.worker import Worker, WorkerConfig
 from mesh.agreement.election import Election, ElectionConfig
@@ -105,7 +106,7 @@ def build_cores(
     )
     versions = Versions(node)
     return Cores(
-        stack=Stack([*parts, Explainer(parts[3]), _Standing(), versions]),
+        stack=Stack([*parts, Explainer(parts[3]), _Standing(), versions, Spreading(parts[3], versions)]),
         hosting=parts[0],
         membership=parts[1],
         election=parts[2],
