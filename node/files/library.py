@@ -39,6 +39,7 @@ from node.compute.adapters.card import CONFIG_FILE, WEIGHTS_FILE, read_card, rea
 from node.durable import replace_directory
 from node.files.file_list import ADAPTER_FILES, FileList
 from node.files.index import Identity, Index, Kept, Removal, ShelfPlace, open_index
+from node.logs import say
 
 __all__ = ["REMEMBERED_S", "Holdings", "Library", "copy_adapter"]
 
@@ -162,7 +163,8 @@ class Library:
             version = self._next_version(index, name, digest, newest)
             kept = Kept(held=_described(path, name, version, files), files=files.content.decode(),
                         used_at=self._now())  # fmt: skip
-            log.info("adapter_version name=%s version=%d digest=%s", name, version, digest[:12])
+            text = f"adapter {name} here is version {version}"
+            say(log, "adapter_version", text, name=name, version=version, digest=digest[:12])
         self._link(path, self.version_path(digest))
         index.kept[kept.key] = kept
         index.shelf[name] = ShelfPlace(digest, identity)
@@ -383,7 +385,13 @@ class Library:
             # What was put there since the last look is newer than what is removed.
             if _identity(path) == index.shelf.pop(name).identity:
                 self.discard(path)
-            log.info("adapter_removed name=%s version=%d", name, version)
+            say(
+                log,
+                "adapter_removed",
+                f"adapter {name} was removed from the mesh",
+                name=name,
+                version=version,
+            )
         self._drop(index, [
             kept for (of, _), kept in index.kept.items() if of == name and kept.held.version <= version
         ])  # fmt: skip

@@ -215,14 +215,22 @@ def put_model(models_dir: Path, seed: int = 1) -> ModelFiles:
 
 
 class _Counting(FileBlobs):
-    """Notes who was asked for which bytes; may break off, once at each of these offsets."""
+    """Notes how many bytes it gave; may break off, once at each of these offsets.
 
-    def __init__(self, breaks_at: Iterator[int] | None = None) -> None:
+    After ``away_after`` bytes it is away for a while: the next requests find nothing.
+    """
+
+    def __init__(self, breaks_at: Iterator[int] | None = None, away_after: int = 1 << 60) -> None:
         super().__init__()
         self.n_bytes = 0
         self.breaks = set(breaks_at or ())
+        self._away_after = away_after
+        self.n_missed = 0
 
     async def open(self, digest: bytes) -> BlobReader | None:
+        if self.n_bytes >= self._away_after and self.n_missed < 3:
+            self.n_missed += 1
+            return None
         reader = await super().open(digest)
         return _Counted(self, reader) if reader is not None else None
 
@@ -304,6 +312,13 @@ async def test_a_fetch_goes_on_after_its_connections_broke(models: ModelWorld, t
         assert await models.seek(stack, {"a": (files, blobs)}) is not None
     assert not blobs.breaks, "it did break"
     assert blobs.n_bytes < 1.6 * WEIGHTS_BYTES, "what had arrived was not fetched again"
+
+
+async def test_a_fetch_goes_on_when_the_only_holder_is_back(models: ModelWorld, tmp_path: Path) -> None:
+    files, blobs = put_model(tmp_path / "there"), _Counting(away_after=WEIGHTS_BYTES // 2)
+    async with AsyncExitStack() as stack:
+        assert await models.seek(stack, {"a": (files, blobs)}) is not None
+    assert blobs.n_missed == 3 and blobs.n_bytes < 1.4 * WEIGHTS_BYTES, "what it had was not fetched again"
 
 
 async def test_who_lies_is_found_out_and_the_others_bring_it(models: ModelWorld, tmp_path: Path) -> None:
