@@ -220,6 +220,20 @@ class StateDir:
             return NodeSlot(path, number, lock, node, incarnation)
         raise ConfigError(f"{SLOTS_MAX} nodes of mesh '{mesh}' already run on this machine: stop one first")
 
+    def shares_here(self, mesh: MeshName) -> dict[NodeId, Path]:
+        """Where the nodes of ``mesh`` on this machine, running or not, keep their share of its memory.
+
+        Raises:
+            ConfigError: A file is damaged, or cannot be read.
+        """
+        found = {}
+        for path in sorted((self._mesh(mesh) / "nodes").glob("*/node.json")):
+            with _readable_errors(path):
+                record = _read(path)
+            if record is not None and (directory := path.parent / "features").is_dir():
+                found[NodeId(str(record["id"]))] = directory
+        return found
+
     def nodes_here(self, mesh: MeshName) -> list[NodeId]:
         """Nodes of ``mesh`` that run on this machine now, by slot.
 

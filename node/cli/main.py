@@ -13,7 +13,21 @@ import click
 
 from mesh.errors import ConfigError, EdgemeshError, TaskError, UnreachableError, WrongKeyError
 from node import __version__
-from node.cli import adapters, ask, cleanup, configure, invite, look, node_life, show, sim, texts, tune
+from node.cli import (
+    adapters,
+    ask,
+    cache,
+    cleanup,
+    configure,
+    features,
+    invite,
+    look,
+    node_life,
+    show,
+    sim,
+    texts,
+    tune,
+)
 
 __all__ = ["cli", "exit_code", "main"]
 
@@ -33,8 +47,8 @@ Exit codes:
 SECTIONS = (
     ("A node on this device", ("join", "drain", "leave", "cleanup")),
     ("Ask the mesh", ("run", "submit", "classify", "score", "embed", "tasks", "cancel")),
-    ("Teach it", ("tune", "adapters")),
-    ("Look at it", ("status", "nodes", "task", "models")),
+    ("Teach it", ("tune", "features", "adapters")),
+    ("Look at it", ("status", "nodes", "task", "cache", "models")),
     ("Plan it", ("sim",)),
     ("Invite others", ("token", "mqtt")),
     ("This program", ("config", "completion", "demo", "version")),
@@ -99,7 +113,11 @@ def cli() -> None:
     """
 
 
-for family in (node_life, ask, texts, tune, adapters, look, sim, invite, configure, cleanup, show):
+FAMILIES = (
+    *(node_life, ask, texts, tune, features, adapters, look, cache),
+    *(sim, invite, configure, cleanup, show),
+)
+for family in FAMILIES:
     for command in family.COMMANDS:
         cli.add_command(command)
 
