@@ -8,43 +8,24 @@ to stderr; what was trained goes to stdout.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mesh.errors import ConfigError, TaskError
-from mesh.units import bytes_text, seconds_text
+from mesh.units import seconds_text
 from node.cli.ask import REACH_TO_ASK, as_json_line, harmless, state_code
 from node.cli.options import Chosen, as_json, choose, end_with, settings_flags
+from node.cli.records import TASKS, RecordsFile, guessed_task, placed, read_data
 
 if TYPE_CHECKING:
-    from mesh.messages import Submit, TaskResult, TaskStatus, TuneTask
-    from node.compute.tune.records import Records
+    from mesh.messages import Submit, TaskResult, TaskStatus
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "followed"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-TASKS = ("classify", "chat", "complete")
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """A file of good records."""
-
-    path: Path
-    content: bytes
-    records: Records
-
-    @staticmethod
-    def of(path: Path, content: bytes, task: TuneTask, skip_bad: bool) -> _Data:
-        from node.compute.tune.records import read_records
-
-        return _Data(path, content, read_records(content, task, skip_bad=skip_bad, name=str(path)))
 
 
 def _tune_options(function: F) -> F:
@@ -123,18 +104,18 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
     from mesh.messages import Submit, TuneSpec
     from node.compute.tune.records import same_labels
 
-    content = _read(options["data"])
-    task = options["task"] or _guessed(options["data"], content)
-    data = _Data.of(options["data"], content, task, options["skip_bad"])
-    evaluation: _Data | None = None
+    content = read_data(options["data"])
+    task = options["task"] or guessed_task(options["data"], content)
+    data = RecordsFile.of(options["data"], content, task, options["skip_bad"])
+    evaluation: RecordsFile | None = None
     if (path := options["eval_path"]) is not None:
-        evaluation = _Data.of(path, _read(path), task, options["skip_bad"])
+        evaluation = RecordsFile.of(path, read_data(path), task, options["skip_bad"])
     same_labels(data.records, evaluation.records if evaluation is not None else data.records)
     try:
         spec = TuneSpec(
             adapter=options["adapter"],
             task=task,
-            **_placed(chosen, data, evaluation),
+            **placed(chosen, data, evaluation),
             skip_bad=options["skip_bad"],
             method=options["method"],
             top_layers=_top_layers(options["top_layers"]),
@@ -165,75 +146,6 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
     return request
 
 
-def _read(path: Path) -> bytes:
-    from node.compute.tune.records import DATA_BYTES_MAX
-
-    try:
-        size = path.stat().st_size
-        if size > DATA_BYTES_MAX:
-            raise ConfigError(
-                f"{path} has {bytes_text(size)}, tuning takes at most {bytes_text(DATA_BYTES_MAX)}: split it"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})") from error
-
-
-def _guessed(path: Path, content: bytes) -> TuneTask:
-    """What the first record that says anything is for.
-
-    Raises:
-        ConfigError: None does.
-    """
-    for line in content.removeprefix(b"\xef\xbb\xbf").splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        for key, task in _TASK_OF_KEY.items():
-            if isinstance(found, dict) and key in found:
-                return task
-    raise ConfigError(
-        f"no line of {path} has text and label, prompt and completion, or messages. "
-        "Is it the right file? --task says what its lines should be"
-    )
-
-
-_TASK_OF_KEY: dict[str, TuneTask] = {
-    "messages": "chat",
-    "completion": "complete",
-    "prompt": "complete",
-    "label": "classify",
-    "text": "classify",
-}
-
-
-def _placed(chosen: Chosen, data: _Data, evaluation: _Data | None) -> dict[str, Any]:
-    """Where a node finds the records: in the task, or in a file of this machine's state directory.
-
-    Raises:
-        ConfigError: They are too large to travel, and no node runs here.
-    """
-    from mesh.messages.tune import INLINE_DATA_BYTES_MAX
-
-    fields: dict[str, Any] = {}
-    for name, digest_name, one in (("data", "data_sha256", data), ("eval_data", "eval_sha256", evaluation)):
-        if one is None:
-            continue
-        if len(one.content) <= INLINE_DATA_BYTES_MAX:
-            fields[name] = one.content.decode()
-            continue
-        holders = chosen.state.nodes_here(chosen.settings.mesh)
-        if not holders:
-            raise ConfigError(
-                f"{one.path} has {bytes_text(len(one.content))}: more than travels with a task "
-                f"({bytes_text(INLINE_DATA_BYTES_MAX)}), and no node of mesh '{chosen.settings.mesh}' runs "
-                "on this machine. Start one here with `edgemesh join`, or run this command where one runs"
-            )
-        fields |= {digest_name: chosen.state.keep_dataset(one.content), "holders": holders}
-    return fields
-
-
 def _top_layers(given: str) -> int | None:
     if given == "auto":
         return None
@@ -247,15 +159,23 @@ def _top_layers(given: str) -> int | None:
 
 
 async def _tune(chosen: Chosen, request: Submit, *, is_json: bool) -> int:
+    assert request.tune is not None
+    return _end(
+        chosen, await followed(chosen, request, request.tune.adapter, is_json=is_json), is_json=is_json
+    )
+
+
+async def followed(chosen: Chosen, request: Submit, name: str, *, is_json: bool) -> TaskStatus | TaskResult:
+    """Submit, and show how it is getting on until it has ended. Ctrl-C cancels the task."""
     from mesh.messages import TaskProgress, TaskResult, TaskStatus
     from node.client import TASK_ROWS, cancel_task, connected, submit
     from node.faces.progress import TuneProgress
 
-    assert request.id is not None and request.tune is not None
+    assert request.id is not None
     final: TaskStatus | TaskResult | None = None
     async with connected(chosen.settings, chosen.state, TASK_ROWS, task=request.id) as client:
         try:
-            with TuneProgress(request.tune.adapter) as shown:
+            with TuneProgress(name) as shown:
                 async for news in submit(client, request):
                     match news:
                         case TaskProgress() if is_json:
@@ -279,13 +199,13 @@ async def _tune(chosen: Chosen, request: Submit, *, is_json: bool) -> int:
         raise TaskError(
             f"the task {request.id} ended without a word: `edgemesh tasks {request.id}` may know more"
         )
-    return _end(chosen, final, is_json=is_json)
+    return final
 
 
 def _status_words(status: TaskStatus) -> str:
     if status.state == "running":
         again = f" (attempt {status.attempt}, from where the last one was)" if status.attempt > 1 else ""
-        return f"{status.node} tunes{again}"
+        return f"{status.node} {'tunes' if status.kind == 'tune' else 'computes'}{again}"
     if status.state == "queued" and status.reason:
         return f"queued: {status.reason}"
     return ""
