@@ -42,6 +42,8 @@ class ExchangeConfig:
     """From one version to the next: a second of writing is two messages, not a thousand."""
     told_bytes: int = 16 << 10
     """What goes by the bus at most, to everybody: 13,000 keys whole. Who wants more fetches it."""
+    again_s: float = 1.0
+    """The broker may keep an older one: how long to wait whether the last one still comes back."""
     rewrite_s: float = 3600.0
     """With the first change after that long, the whole is made anew with another salt: no block may go
     without its second copy for ever because a filter claims wrongly that it is there."""
@@ -55,8 +57,8 @@ class ExchangeConfig:
 
     def __post_init__(self) -> None:
         bounds = (
-            self.tell_s, self.told_bytes, self.rewrite_s, self.fetch_s, self.fetch_s_max, self.fetches,
-            self.patience_s,
+            self.tell_s, self.told_bytes, self.again_s, self.rewrite_s, self.fetch_s, self.fetch_s_max,
+            self.fetches, self.patience_s,
         )  # fmt: skip
         if not all(0 < bound < math.inf for bound in bounds):
             raise ValueError("every bound of an exchange must be positive and finite")
@@ -95,6 +97,7 @@ class Exchange:
         self._is_linked = False
         self._has_news = False
         self._told_at = -math.inf
+        self._say_again_at = FOREVER
         self._written_at: float | None = None
         self._behind: dict[NodeId, _Behind] = {}  # bound: catalogues.nodes_max
         self._asked_at: dict[NodeId, float] = {}  # bound: as above
@@ -103,6 +106,7 @@ class Exchange:
     @property
     def wake_at(self) -> float:
         at = self._told_at + self.config.tell_s if self._has_news and self._is_linked else FOREVER
+        at = min(at, self._say_again_at)
         if not self._behind:
             return at
         asked = [one.until for one in self._behind.values() if one.until is not None]
@@ -123,10 +127,20 @@ class Exchange:
 
     def on_link(self, is_up: bool, now: float) -> list[Effect]:
         self._is_linked = is_up
+        self._say_again_at = FOREVER
         if not is_up:
             return []
-        if self._has_news:
-            return self._tell(now)
+        return self._tell(now) if self._has_news else self._say_version()
+
+    def on_echo(self, said: CatalogueDelta | CatalogueWhole | CatalogueVersion, now: float) -> None:
+        """The broker keeps what this node said. Is it the last, or was an older one sent again after it?"""
+        told = self.writer.whole()
+        if (said.life, said.version) == (told.life, told.version):
+            self._say_again_at = FOREVER
+        elif (said.life, said.version) < (told.life, told.version):
+            self._say_again_at = min(self._say_again_at, now + self.config.again_s)
+
+    def _say_version(self) -> list[Effect]:
         told = self.writer.whole()
         return [Broadcast(CatalogueVersion(life=told.life, version=told.version))] if told.version else []
 
@@ -199,8 +213,13 @@ class Exchange:
         self._is_refused.discard(node)
 
     def tick(self, now: float) -> list[Effect]:
-        is_due = self._has_news and self._is_linked and now >= self._told_at + self.config.tell_s
-        return [*(self._tell(now) if is_due else []), *self._fetch(now)]
+        effects: list[Effect] = []
+        if self._has_news and self._is_linked and now >= self._told_at + self.config.tell_s:
+            effects += self._tell(now)
+        if now >= self._say_again_at:
+            self._say_again_at = FOREVER
+            effects += self._say_version()
+        return [*effects, *self._fetch(now)]
 
     def _fetch(self, now: float) -> list[Effect]:
         """Ask those that are due, the longest waiting first, as many as may be asked at once."""

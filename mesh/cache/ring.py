@@ -221,7 +221,8 @@ class RingConfig:
     """
 
     settle_s: float = 2.0
-    """A node is here this long before it is given arcs: those that start together join together."""
+    """A node is here this long before it is given arcs, or another is that came before it: those that start
+    together join together."""
     grace_s: float = 5.0
     """A node is dead this long before its arcs go to others. It is dead after 5 s of silence, so the copying
     of a gigabyte begins 10 s after a death: a node that restarts comes back with all that it held."""
@@ -279,14 +280,15 @@ class RingKeeper:
         for node in members:
             if node in present and node not in willing:
                 del after[node]  # alive, and gives nothing any more
-        for node, quota in list(willing.items())[:RING_MEMBERS_MAX]:
-            if node in members:
-                if abs(quota - members[node]) > self.config.quota_change * members[node]:
-                    after[node] = quota
-            elif len(after) < RING_MEMBERS_MAX and self._is_due(
-                self._present_since[node] + self.config.settle_s, now
-            ):
-                after[node] = quota
+        newcomers = [node for node in willing if node not in members]
+        # Who came meanwhile joins with the first that is due: one change instead of several.
+        settled = [self._is_due(self._present_since[node] + self.config.settle_s, now) for node in newcomers]
+        if any(settled):
+            for node in newcomers[: max(0, RING_MEMBERS_MAX - len(after))]:
+                after[node] = willing[node]
+        for node in members.keys() & willing.keys():
+            if abs(willing[node] - members[node]) > self.config.quota_change * members[node]:
+                after[node] = willing[node]
         if after == members:
             return None
         change = current.epoch.change + 1 if current else 1

@@ -79,6 +79,10 @@ class _Giver:
         """A suspect is counted until it is declared dead."""
         return self.standing in ("alive", "suspect")
 
+    @property
+    def is_gone(self) -> bool:
+        return self.standing in ("dead", "left")
+
 
 class Sharding:
     """One node's part. Shells and the scheduler read ``ring``, ``catalogues``, ``holders`` and ``whole``."""
@@ -175,8 +179,11 @@ class Sharding:
             case NodeInfo(node=node):
                 return self._done(self._on_info(message, now)) if sender == node else []
             case CatalogueDelta() | CatalogueWhole() | CatalogueVersion():
-                if sender == self._me or not self._giver(sender).is_present:
-                    return []  # what it said last comes again when it is back
+                if sender == self._me:
+                    self._exchange.on_echo(message, now)
+                    return self._done([])
+                if self._giver(sender).is_gone:
+                    return []  # the broker's memory of it; if it comes back, it is asked
                 return self._done(self._exchange.on_said(sender, message, now))
             case _:
                 return []
@@ -241,10 +248,9 @@ class Sharding:
             return []
         giver = replace(before, standing=fact.standing, incarnation=fact.incarnation)
         effects = self._put(fact.node, giver, now)
-        if not giver.is_present:
+        if giver.is_gone:
             self._exchange.forget(fact.node)
-        elif not before.is_present and giver.quota_bytes:
-            # It may have spoken before this node knew it, or is back from a silence nobody else noticed.
+        elif before.is_gone:  # perhaps from a silence that only this node took for its end
             effects += self._exchange.want(fact.node, now)
         return effects
 
@@ -253,10 +259,7 @@ class Sharding:
         if info.node == self._me or info.incarnation < giver.info_incarnation:
             return []
         told = replace(giver, quota_bytes=info.cache_bytes, info_incarnation=info.incarnation)
-        effects = self._put(info.node, told, now)
-        if giver.is_present and not giver.quota_bytes and info.cache_bytes:
-            effects += self._exchange.want(info.node, now)
-        return effects
+        return self._put(info.node, told, now)
 
     def _put(self, node: NodeId, giver: _Giver, now: float) -> list[Effect]:
         before = self._givers.get(node)
@@ -295,16 +298,23 @@ class Sharding:
                 gone.add(node)
         spec = self._keeper.next_spec(self._spec, present, gone, claim, now)
         self._review_at = self._keeper.wake_at
-        if spec is None and self._spec is not None and self._spec.epoch.claim < claim:
-            spec = RingSpec(RingEpoch(claim, self._spec.epoch.change + 1), self._spec.quotas)
+        spec = spec or self._renumbered(claim)
         return [] if spec is None else [*self._take(spec), Broadcast(spec.record())]
+
+    def _renumbered(self, claim: Epoch) -> RingSpec | None:
+        """The ring as it is, under the number of a new coordinator: so all meet on it."""
+        if self._spec is None or self._spec.epoch.claim >= claim:
+            return None
+        return RingSpec(RingEpoch(claim, self._spec.epoch.change + 1), self._spec.quotas)
 
     def _on_record(self, record: RingRecord, now: float) -> list[Effect]:
         spec = RingSpec.read(record)
         if self._spec is None or spec.rank > self._spec.rank:
             return [*self._fence.raise_to(record.epoch), *self._take(spec), *self._review(now)]
-        if spec != self._spec and self._claim == self._spec.epoch.claim and self._is_linked:
-            # The topic keeps an older one now: of a coordinator that does not know yet, or overtaken.
+        if spec == self._spec:
+            self._say_again_at = FOREVER
+        elif self._claim == self._spec.epoch.claim and self._is_linked:
+            # The topic keeps an older one now: of a coordinator that does not know yet, or sent again.
             self._say_again_at = min(self._say_again_at, now + _AGAIN_S)
         return []
 

@@ -5,6 +5,7 @@ Every attempt answers with a text of its own, so that two answers to one task ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -42,7 +43,7 @@ RATES = NodeRates(
 ENGINE_AGAIN_S = 1.0
 
 
-def info_of(node: str, slots: int = 0) -> NodeInfo:
+def info_of(node: str, slots: int = 0, cache_bytes: int = 0) -> NodeInfo:
     return NodeInfo(
         node=node,  # type: ignore[arg-type]
         incarnation=0,
@@ -62,6 +63,7 @@ def info_of(node: str, slots: int = 0) -> NodeInfo:
         context_tokens=CONTEXT_TOKENS if slots else None,
         can_pause=bool(slots),
         rates=RATES,
+        cache_bytes=cache_bytes,
     )
 
 
@@ -83,6 +85,8 @@ class EngineShell:
         self._service_s = service_s
         self._failure_p = failure_p
         self._engines: dict[str, _Engine] = {}  # by boot
+        self.quotas: Mapping[str, int] = {}
+        """What nodes give to the mesh's memory, in bytes: nothing, unless a world says so."""
 
     def on_start(self, life: Life) -> None:
         self._engines[life.boot] = _Engine(slots=self._rng.randint(1, 3))
@@ -142,7 +146,7 @@ class EngineShell:
             return
         engine.is_ready = True
         life.learn(EngineReady(MODEL, CONTEXT_TOKENS, engine.slots, can_pause=True))
-        life.learn(OwnInfo(info_of(life.name, engine.slots)))
+        life.learn(OwnInfo(info_of(life.name, engine.slots, self.quotas.get(life.name, 0))))
 
     def _report(self, life: Life) -> None:
         engine = self._engines.get(life.boot)

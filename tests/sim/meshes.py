@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -17,6 +17,7 @@ from tests.sim.elections import is_settled
 from tests.sim.engine import EngineShell, info_of
 from tests.sim.faults import Faults, draw_faults
 from tests.sim.hosted import HostingShell
+from tests.sim.sharing import SharingShell, quotas_of
 from tests.sim.world import Birth, World
 
 __all__ = ["Mesh", "mesh_world"]
@@ -78,7 +79,9 @@ class Mesh:
         return None
 
 
-def build_with(wrap: Callable[[Core], Core], external: BrokerRef | None) -> Callable[[Birth], Core]:
+def build_with(
+    wrap: Callable[[Core], Core], external: BrokerRef | None, quotas: Mapping[str, int]
+) -> Callable[[Birth], Core]:
     def build(birth: Birth) -> Core:
         known = birth.disk.get(INCARNATION_KEY)
         incarnation = known.incarnation + 1 if isinstance(known, NodeState) else 1
@@ -86,7 +89,7 @@ def build_with(wrap: Callable[[Core], Core], external: BrokerRef | None) -> Call
         birth.disk[INCARNATION_KEY] = me
         cores = build_cores(
             me=me,
-            info=info_of(birth.node),
+            info=info_of(birth.node, cache_bytes=quotas.get(birth.node, 0)),
             records=birth.disk,
             rng=birth.rng,
             now=birth.now,
@@ -109,22 +112,25 @@ def mesh_world(
     n_tasks: int | None = None,
     length_s: float = 30.0,
     is_hosted: bool = False,
+    is_shared: bool = False,
 ) -> Mesh:
     """Sizes (1 to 9), faults, load and the speed of engines are drawn, unless given.
 
-    ``is_hosted``: there is no broker but those the nodes host themselves.
+    ``is_hosted``: there is no broker but those the nodes host themselves. ``is_shared``: nodes give bytes to
+    the mesh's memory, hold blocks and let go of them.
     """
     rng = Random(f"draw/{seed}")
     n_nodes = n_nodes or rng.randint(1, 9)
     drawn = draw_faults(rng, one_at_a_time=one_at_a_time, brokers=n_brokers)
     shell_type = HostingShell if is_hosted else EngineShell
     shell = shell_type(seed, service_s=rng.choice((0.05, 0.5, 2.0)), failure_p=rng.choice((0.0, 0.0, 0.1)))
+    shell.quotas = quotas_of(n_nodes) if is_shared else {}
     world = World(
         seed,
         n_nodes=n_nodes,
-        build=build_with(wrap, None if is_hosted else SITE_BROKER),
+        build=build_with(wrap, None if is_hosted else SITE_BROKER, shell.quotas),
         faults=faults or drawn,
-        shell=shell,
+        shell=SharingShell(seed, shell) if is_shared else shell,
         brokers=[] if is_hosted else ["site", *(f"site-{index}" for index in range(1, n_brokers))],
         keeps=keeps,
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 from coordinator.store import RecordStore, _Stored, task_key
 from mesh.agreement.election import Election, Role
 from mesh.agreement.fence import FENCE_KEY, Fence
+from mesh.cache.ring import RingSpec
+from mesh.cache.sharding import RING_KEY, Sharding
 from mesh.core import Broadcast, Core, Effect, Fact, Message, Save, Send
 from mesh.facts import LinkUp
 from mesh.ids import Epoch, NodeId
-from mesh.messages import Hold, LeaseRecord, Submit, TaskRecord, TaskStatus
+from mesh.messages import Hold, LeaseRecord, RingRecord, Submit, TaskRecord, TaskStatus
 
 __all__ = [
     "AcksAtOnce",
     "EveryClaimWins",
     "LenientFence",
     "LinksOnce",
+    "RingsGoBack",
     "SavesLast",
     "forgets_the_fence",
     "overwrites",
@@ -58,6 +61,17 @@ class LinksOnce(Election):
                 return []
             self._has_linked = True
         return super().learn(fact, now)
+
+
+class RingsGoBack(Sharding):
+    """A node that takes the ring it heard of last, whoever made it."""
+
+    def _on_record(self, record: RingRecord, now: float) -> list[Effect]:
+        spec = RingSpec.read(record)
+        if spec == self._spec:
+            return []
+        self._spec = spec
+        return [Save(RING_KEY, record), *self._draw()]
 
 
 class SavesLast:

@@ -34,7 +34,10 @@ BACKOFF_S = (0.05, 0.6)
 # A retained TaskResult can be cleared only by the coordinator; a run makes a few dozen tasks.
 RETAINED_MAX = 2000
 
-_NODE_ROWS = (topics.STATE, topics.INFO, topics.METRICS, topics.COORDINATOR, topics.SUBMIT, topics.CANCEL)
+_NODE_ROWS = (
+    *(topics.STATE, topics.INFO, topics.METRICS, topics.COORDINATOR, topics.SUBMIT, topics.CANCEL),
+    *(topics.RING, topics.CATALOGUE),
+)
 _CLIENT_ROWS = (topics.STATUS, topics.RESULT)
 _NODE_ROW_NAMES = frozenset(row.name for row in _NODE_ROWS)
 _CLIENT_ROW_NAMES = frozenset(row.name for row in _CLIENT_ROWS)

@@ -509,7 +509,8 @@ class World:
         if isinstance(message, LeaseRecord) and message.kind == "claim":
             self.note(message, life)
         row = topics.topic_of(message)
-        self.network.publish(life, row, _key_of(message), message)
+        key = life.name if row is topics.CATALOGUE else _key_of(message)
+        self.network.publish(life, row, key, message)
 
     def note(self, what: Any, life: Life | None = None) -> None:
         if life is None:

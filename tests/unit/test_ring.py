@@ -228,10 +228,12 @@ def test_nodes_that_start_together_join_together() -> None:
     present[node(1)] = GIB
     assert keeper.next_spec(None, present, (), CLAIM, now=0.5) is None
     first = keeper.next_spec(None, present, (), CLAIM, now=2.0)
-    assert first is not None and [name for name, _ in first.quotas] == [node(0)]
-    second = keeper.next_spec(first, present, (), CLAIM, now=2.5)
+    assert first is not None and [name for name, _ in first.quotas] == [node(0), node(1)]
+    present[node(2)] = GIB
+    assert keeper.next_spec(first, present, (), CLAIM, now=2.5) is None and keeper.wake_at == 4.5
+    second = keeper.next_spec(first, present, (), CLAIM, now=4.5)
     assert second is not None and second.epoch > first.epoch
-    assert [name for name, _ in second.quotas] == [node(0), node(1)]
+    assert dict(second.quotas) == present
     assert keeper.next_spec(second, present, (), CLAIM, now=9.0) is None, "a calm ring does not change"
 
 
