@@ -343,7 +343,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(name="compute", parse=_switch, flag="--no-compute", flag_sets=False,
             help="Load no model: relay, coordinate and host the broker only."),
     Setting(name="model", parse=_text, metavar="NAME|PATH",
-            help="Catalogue name, hub id, directory or GGUF file [default: the catalogue's default]."),
+            help="Catalogue name, hub id, directory, GGUF file, or mesh:NAME for what others serve "
+                 "[default: the catalogue's default]."),
     Setting(name="precision", parse=_one_of("auto", "fp32", "bf16", "fp16", "int8", "int4"),
             metavar="auto|fp32|bf16|fp16|int8|int4",
             help="Number format of the weights; auto: by free memory and measured speed [default: auto]."),

@@ -176,11 +176,22 @@ class Versions:
             return False
         self._by_node[files.node] = files
         self._n_entries = n_entries
+        if len(self._newest) >= NAMES_MAX:
+            self._forget_unheld()
         for held in files.adapters:
             self._join(held.name, Newest(held.version, held))
         for removed in files.removed:
             self._join(removed.name, Newest(removed.version, None, removed.left_s))
         return before is None or _lasting(before) != _lasting(files)
+
+    def _forget_unheld(self) -> None:
+        """Names that nobody has or speaks of make room for new ones."""
+        said = {
+            name
+            for files in self._by_node.values()
+            for name in (*(one.name for one in files.adapters), *(one.name for one in files.removed))
+        }
+        self._newest = {name: newest for name, newest in self._newest.items() if name in said}
 
     def _join(self, name: str, entry: Newest) -> None:
         known = self._newest.get(name)

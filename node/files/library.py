@@ -49,6 +49,9 @@ REMEMBERED_S = 30 * 24 * 3600.0
 """How long a removal is remembered: a node that is away for longer brings its copy back."""
 LEFT_OVER_S = 3600.0
 """No pull takes so long between two files; another node of this machine may be at one."""
+USED_EVERY_S = 60.0
+"""How exactly it is known when an adapter was used last: each note costs a write to the disk."""
+NOTED_MAX = 4096
 LEFT_EVERY_S = 60.0
 """How exactly it is known how long removals are still remembered."""
 OLDER_KEPT_MAX = 2
@@ -78,6 +81,7 @@ class Library:
         self._quota_bytes = quota_bytes
         self._now = now
         self._used: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
         self._used_lock = threading.Lock()
         self._last: tuple[object, Holdings] | None = None
         self._missing: set[str] = set()
@@ -120,8 +124,12 @@ class Library:
 
     def used(self, name: str) -> None:
         """Somebody asked for the adapter. Written down at the next look."""
+        now = self._now()
         with self._used_lock:
-            self._used[name] = self._now()
+            if now - self._noted.get(name, float("-inf")) >= USED_EVERY_S:
+                if len(self._noted) >= NOTED_MAX:
+                    self._noted.clear()
+                self._used[name] = self._noted[name] = now
 
     def next_version(self, name: str, newest: Newest | None) -> int:
         """The number of a version made now."""

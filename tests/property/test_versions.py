@@ -152,7 +152,7 @@ def test_what_commands_ask_goes_to_the_shell() -> None:
 
 def test_a_flood_of_names_finds_an_end() -> None:
     versions = Versions(ME)
-    for k in range(200):
+    for k in range(20):
         node = NodeId(f"n{k}")
         adapters = [replace(version(1), name=f"a{k}-{j}") for j in range(512)]
         versions.receive(files(node, *adapters), node, 0.0)
