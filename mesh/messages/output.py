@@ -39,9 +39,12 @@ class AdapterCard:
     labels: list[str] = field(default_factory=list)
     metric: float | None = None
     """On the evaluation records, if there were any."""
+    made: str = ""
+    """How, where that is not the usual way, such as on several nodes."""
 
     def __post_init__(self) -> None:
         check_text("name", self.name, 256)
+        check_text("made", self.made, 1024)
         check_count("bytes", self.bytes)
         check_labels(self.labels)
 

@@ -50,6 +50,8 @@ class TunePart:
     round: int = 0
     profile: str = ""
     """How features are computed, the same for all parts; empty for ``begin``."""
+    threads: int = 1
+    """Of every part, wherever it runs: sums are split among threads, so their number is part of the result."""
     starts: list[str] = field(default_factory=list)
     """Digests of the states of the round before, in the order of parts; empty in round 0."""
 
@@ -57,6 +59,7 @@ class TunePart:
         check_id("parent", self.parent)
         check_count("index", self.index, NODES_MAX - 1)
         check_count("round", self.round, 10_000)
+        check_count("threads", self.threads, 1024, least=1)
         check_text("profile", self.profile, 512)
         if len(self.starts) > NODES_MAX:
             raise ValueError(f"at most {NODES_MAX} starts")

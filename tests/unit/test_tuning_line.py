@@ -37,8 +37,7 @@ class Line:
 class _Job:
     def __init__(self, line: Line) -> None:
         self.progress = Snapshot()
-        self.result: AdapterCard | None = None
-        self.held: FeaturesHeld | None = None
+        self.output = Output()
         self._line = line
         self._n = 0
 
@@ -47,7 +46,7 @@ class _Job:
         self._line.now += self._line.step_s
         self.progress = Snapshot(phase="training", fraction=self._n / 2)
         if self._n == 2:
-            self.result = CARD
+            self.output = Output(adapter=CARD)
         return TuneEvent(self.progress, is_done=self._n == 2)
 
     def close(self) -> None:

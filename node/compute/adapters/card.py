@@ -59,6 +59,8 @@ class Card:
     """Of the tuning job that made it."""
     metric: float | None = None
     bytes: int = 0
+    made: str = ""
+    """How, where that is not the usual way."""
 
     def listing(self) -> AdapterCard:
         """The same as results and listings show it."""
@@ -72,6 +74,7 @@ class Card:
             task=self.task,
             labels=list(self.labels),
             metric=self.metric,
+            made=self.made,
         )
 
 
@@ -135,6 +138,7 @@ def read_card(directory: Path) -> Card | None:
             spec_digest=_text(found, "spec_digest", ""),
             metric=_metric(found),
             bytes=_count(found, "bytes", 0),
+            made=_text(found, "made", ""),
         )
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; {advice}") from error

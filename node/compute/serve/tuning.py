@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from coordinator.policy.work import PATIENCE
 from mesh.errors import ConfigError
-from mesh.messages import AdapterCard, FeaturesHeld, Output, TaskProgress, TuneSpec
+from mesh.messages import Output, TaskProgress, TuneSpec
 from node.compute.engine import Event, refused
 from node.compute.features.maps import MissingFeaturesError
 from node.compute.messages import Ended, Progress, Run, Stop
@@ -24,10 +24,10 @@ class Job(Protocol):
     """See ``node.compute.tune.job.TuneJob``."""
 
     progress: Snapshot
-    result: AdapterCard | None
-    """What was trained."""
-    held: FeaturesHeld | None
-    """What it read, or made."""
+
+    @property
+    def output(self) -> Output:
+        """Once it is done: what was trained, and what it read or made."""
 
     def step(self) -> TuneEvent: ...
     def close(self) -> None: ...
@@ -140,7 +140,7 @@ class Tuning:
         if event.text:
             log.info("tuning task=%s %s", run.task, event.text)
         if event.is_done:
-            output = Output(adapter=self._job.result, features=self._job.held)
+            output = self._job.output
             assert output != Output(), "a job that is done has made something"
             del self._line[key]
             self._close()
@@ -181,6 +181,10 @@ class Tuning:
 
 def _said(output: Output) -> str:
     card, held = output.adapter, output.features
+    if output.lacking:
+        return f"the states of {len(output.lacking)} parts of the round before are nowhere"
+    if output.state is not None:
+        return f"a part of an adapter is trained: state {output.state[:12]}…"
     if card is None:
         assert held is not None
         n_new = held.n_computed

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
-from mesh.messages import AdapterCard, FeaturesHeld, TaskProgress, TuneSpec
+from mesh.messages import AdapterCard, FeaturesHeld, Output, TaskProgress, TuneSpec
 from node.compute.adapters.card import Card, digest_of, read_card, write_card
 from node.compute.features.maps import FeatureMaps
 from node.compute.tune import auto
@@ -41,7 +41,7 @@ from node.compute.tune.trainer import Recipe, Trainer
 from node.durable import replace_directory
 from node.profile import memory_free_bytes
 
-__all__ = ["Phase", "Snapshot", "TuneEvent", "TuneJob"]
+__all__ = ["Phase", "Snapshot", "TuneEvent", "TuneJob", "is_finite"]
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +178,11 @@ class TuneJob:
         self._hits = self._misses = 0
         self._work = self._whole()
 
+    @property
+    def output(self) -> Output:
+        """What there is to tell once it is done."""
+        return Output(adapter=self.result, features=self.held)
+
     def step(self) -> TuneEvent:
         """One chunk of work; ``is_done`` once ``result`` is there."""
         if self._threads and torch.get_num_threads() != self._threads:
@@ -185,7 +190,7 @@ class TuneJob:
         self._say = ""
         with torch.inference_mode(False), torch.enable_grad():
             is_done = next(self._work, "end") == "end"
-        assert not is_done or self.result is not None
+        assert not is_done or self.output != Output(), "a job that is done has made something"
         return TuneEvent(self.progress, is_done, self._say)
 
     def close(self) -> None:
@@ -355,7 +360,7 @@ class TuneJob:
             if trainer.step == trainer.n_steps:
                 break
             yield from trainer.take_step()
-            if not all(map(_is_finite, list(trainer.losses)[-1:])):
+            if not all(map(is_finite, list(trainer.losses)[-1:])):
                 raise ConfigError(
                     f"training diverged at step {trainer.step}: the loss is no number any more. Choose a "
                     f"smaller --learning-rate than {self._recipe().learning_rate:g}"
@@ -458,7 +463,17 @@ class TuneJob:
         self.result = card.listing()
         return True
 
-    def _save(self, trainer: Trainer, own: str, cut: int, records: Records, metrics: list[float]) -> None:
+    def _save(
+        self,
+        trainer: Trainer,
+        own: str,
+        cut: int,
+        records: Records,
+        metrics: list[float],
+        *,
+        made: str = "",
+    ) -> None:
+        """``made``: how, for people, where that is not the usual way."""
         spec = self.spec
         self._shelf_dir.mkdir(parents=True, exist_ok=True)
         draft = self._shelf_dir / f".{spec.adapter}.draft"
@@ -480,6 +495,7 @@ class TuneJob:
             backbone_sha256=self._digest,
             spec_digest=own,
             metric=metrics[-1] if metrics else None,
+            made=made,
             bytes=sum(path.stat().st_size for path in draft.iterdir()),
         )
         write_card(draft, card)
@@ -540,5 +556,5 @@ def _start_head(head: Any, seed: int) -> None:
         head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=source))
 
 
-def _is_finite(value: float) -> bool:
+def is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")

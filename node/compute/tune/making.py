@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mesh.errors import ConfigError
-from mesh.messages import AdapterCard, FeaturesHeld, FeaturesSpec, Submit, TuneSpec
+from mesh.messages import AdapterCard, FeaturesHeld, FeaturesSpec, Output, Submit, TuneSpec
 from mesh.messages.node import RATED_TOP_LAYERS
 from node.compute.serve.texts import read_ids, texts_ids
 from node.compute.serve.tokens import Tokens
@@ -70,6 +70,10 @@ class FeaturesJob:
         self.progress = Snapshot()
         self.held: FeaturesHeld | None = None
         self._work = self._whole()
+
+    @property
+    def output(self) -> Output:
+        return Output(features=self.held)
 
     def step(self) -> TuneEvent:
         """One chunk of work; ``is_done`` once ``held`` is there."""

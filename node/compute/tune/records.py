@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class Records:
     sha256: str = ""
     """Of the bytes that were read."""
     label_of: dict[str, int] = field(default_factory=dict)
+
+    def some(self, numbers: Sequence[int]) -> Records:
+        """Only those records; the labels are all of them still."""
+        return replace(self, items=tuple(self.items[number] for number in numbers))
 
 
 def read_file(path: Path, task: TuneTask, *, skip_bad: bool = False) -> Records:
