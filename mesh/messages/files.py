@@ -72,6 +72,8 @@ class AdapterHeld:
             check_text(name, getattr(self, name), _TEXT_BYTES_MAX)
         if self.first_layer is not None:
             check_count("first_layer", self.first_layer)
+        if self.metric is not None and not abs(self.metric) < float("inf"):
+            raise ValueError(f"metric must be a finite number, got {self.metric}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -182,7 +182,7 @@ def _bring(chosen: Chosen, given: Path, name: str) -> None:
     from node.compute.adapters.card import Card, write_card
     from node.compute.models import DEFAULT_MODEL, read_manifest, resolve
     from node.durable import replace_directory
-    from node.files.library import copy_adapter
+    from node.files.adapter_directory import copy_adapter
 
     source = resolve(chosen.settings.model or DEFAULT_MODEL)
     home = chosen.state.models_dir / source.slug

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mesh.agreement.versions import Newest, rank_of
-from mesh.errors import ConfigError
+from mesh.errors import DecodeError
 from mesh.ids import is_id
 from mesh.messages.files import (
     ADAPTERS_HELD_MAX,
@@ -35,13 +35,14 @@ from mesh.messages.files import (
     AdapterHeld,
     AdapterRemoved,
 )
-from node.compute.adapters.card import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config
+from node.compute.adapters.card import CONFIG_FILE, WEIGHTS_FILE
 from node.durable import replace_directory
+from node.files.adapter_directory import described, identity_of, link_adapter
 from node.files.file_list import ADAPTER_FILES, FileList
 from node.files.index import Identity, Index, Kept, Removal, ShelfPlace, open_index
 from node.logs import say
 
-__all__ = ["REMEMBERED_S", "Holdings", "Library", "copy_adapter"]
+__all__ = ["REMEMBERED_S", "Holdings", "Library"]
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Library:
             return {}
         for entry in entries:
             if is_id(entry.name) and (Path(entry.path) / CONFIG_FILE).is_file():
-                found[entry.name] = _identity(Path(entry.path))
+                found[entry.name] = identity_of(Path(entry.path))
         return found
 
     def _stamp(self) -> tuple[int, int]:
@@ -162,14 +163,14 @@ class Library:
         except OSError as error:
             log.warning("adapter %s cannot be read: %s", name, error)
             return
-        if _identity(path) != identity or not any(file.name == WEIGHTS_FILE for file in files.files):
+        if identity_of(path) != identity or not any(file.name == WEIGHTS_FILE for file in files.files):
             return  # it is still being written: next time
         digest = files.blob.digest.hex()
         place = index.shelf.get(name)
         kept: Kept | None = index.kept.get((name, digest))
         if kept is None or (place is not None and place.digest != digest):
             version = self._next_version(index, name, digest, newest)
-            kept = Kept(held=_described(path, name, version, files), files=files.content.decode(),
+            kept = Kept(held=described(path, name, version, files), files=files.content.decode(),
                         used_at=self._now())  # fmt: skip
             text = f"adapter {name} here is version {version}"
             say(log, "adapter_version", text, name=name, version=version, digest=digest[:12])
@@ -193,9 +194,10 @@ class Library:
         blobs: dict[bytes, Path | bytes] = {}
         ordered = sorted(index.kept.values(), key=lambda kept: (not index.is_current(kept), -kept.used_at))
         for kept in ordered:
-            content = kept.files.encode()
-            blobs[bytes.fromhex(kept.held.digest)] = content
-            for file in FileList.parse(content, lambda name: name in ADAPTER_FILES).files:
+            if (files := _listed(kept)) is None:
+                continue
+            blobs[bytes.fromhex(kept.held.digest)] = files.content
+            for file in files.files:
                 blobs[file.digest] = self.version_path(kept.held.digest) / file.name
 
         def told(held: AdapterHeld) -> AdapterHeld:
@@ -272,11 +274,12 @@ class Library:
         """
         with open_index(self.home) as index:
             kept = next((kept for kept in index.kept.values() if kept.held.digest == digest), None)
-            if kept is None:
+            files = _listed(kept) if kept is not None else None
+            if files is None:
                 return None
             path = self.home / "partial" / secrets.token_hex(8)
             self._link(self.version_path(digest), path)
-            return FileList.parse(kept.files.encode(), lambda name: name in ADAPTER_FILES), path
+            return files, path
 
     def sweep(self) -> int:
         """Remove what an earlier life of any node here left half-way; how many bytes that was."""
@@ -317,7 +320,7 @@ class Library:
                 removal, place, current = index.removed.get(name), index.shelf.get(name), index.current(name)
                 if removal is not None and removal.version >= held.version:
                     return "it was removed meanwhile"
-                if place is not None and place.identity != _identity(path):
+                if place is not None and place.identity != identity_of(path):
                     return "the directory here has just changed: a look at it comes first"
                 if place is None and path.exists():
                     return f"{path} is in the way"
@@ -335,7 +338,7 @@ class Library:
                 kept = Kept(held=replace(held, is_own=is_own), files=files.content.decode(),
                             used_at=self._now())  # fmt: skip
                 index.kept[kept.key] = kept
-                index.shelf[name] = ShelfPlace(held.digest, _identity(path))
+                index.shelf[name] = ShelfPlace(held.digest, identity_of(path))
                 index.declined.pop(name, None)
                 self._trim(index, name)
                 return None
@@ -347,13 +350,7 @@ class Library:
         if target.exists():
             return
         draft = self.home / "partial" / secrets.token_hex(8)
-        draft.mkdir(mode=0o700, parents=True)
-        for name in ADAPTER_FILES:
-            if (source / name).is_file():
-                try:
-                    os.link(source / name, draft / name)
-                except OSError:
-                    shutil.copy2(source / name, draft / name)
+        link_adapter(source, draft)
         if target.parent == draft.parent:
             draft.rename(target)
         else:
@@ -391,7 +388,7 @@ class Library:
         current, path = index.current(name), self.directory / name
         if current is not None and current.held.version <= version:
             # What was put there since the last look is newer than what is removed.
-            if _identity(path) == index.shelf.pop(name).identity:
+            if identity_of(path) == index.shelf.pop(name).identity:
                 self.discard(path)
             say(
                 log,
@@ -469,45 +466,9 @@ class Library:
         return self.home / "versions" / digest
 
 
-def _described(path: Path, name: str, version: int, files: FileList) -> AdapterHeld:
-    """From the adapter's own files; what they do not tell stays open."""
-    blob = files.blob
-    method, task, first_layer, metric, weights, own_base = "", "", None, None, "", None
+def _listed(kept: Kept) -> FileList | None:
+    """Its files; ``None`` where the index was damaged in a way that only shows here."""
     try:
-        method = str(read_config(path).get("peft_type", "")).lower()[:64]
-        if (card := read_card(path)) is not None:
-            method, task, first_layer = card.method[:64], card.task[:64], card.first_layer
-            metric, weights, own_base = card.metric, card.digest[:64], card.backbone_sha256[:64] or None
-    except ConfigError as error:
-        log.warning("adapter %s: %s", name, error)
-    return AdapterHeld(
-        name=name, version=version, digest=blob.digest.hex(), manifest_bytes=blob.size, bytes=files.n_bytes,
-        base=own_base, method=method, task=task, first_layer=first_layer, metric=metric,
-        weights=weights, is_own=True,
-    )  # fmt: skip
-
-
-def _identity(path: Path) -> Identity:
-    found = []
-    for name in ADAPTER_FILES:
-        try:
-            status = (path / name).stat()
-        except OSError:
-            found.append((0, 0, 0))
-        else:
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(found)
-
-
-def copy_adapter(source: Path, shelf: Path) -> Path:
-    """A copy of an adapter's files in a hidden directory of ``shelf``, to be moved into place.
-
-    Raises:
-        OSError: They cannot be read, or written there.
-    """
-    draft = shelf / ".mesh" / "partial" / secrets.token_hex(8)
-    draft.mkdir(mode=0o700, parents=True)
-    for name in ADAPTER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, draft / name)
-    return draft
+        return FileList.parse(kept.files.encode(), lambda name: name in ADAPTER_FILES)
+    except (DecodeError, UnicodeError):
+        return None

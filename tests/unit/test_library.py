@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from mesh.agreement.versions import Newest
+from mesh.ids import NodeId
+from mesh.messages import FilesHeld
 from mesh.messages.files import AdapterHeld
+from mesh.wire import decode_json, encode_json
 from node.files.file_list import ADAPTER_FILES, FileList
 from node.files.library import OLDER_KEPT_MAX, REMEMBERED_S, Holdings, Library
 from tests.unit.adapters_made import put_adapter
@@ -90,6 +94,37 @@ def test_a_damaged_index_is_given_up_and_adapters_stay(here: Machine) -> None:
     here.make("spam", b"1")
     (here.library.home / "index.json").write_text('{"form": 1, "shelf": 3}')
     assert Library(here.shelf).look({}, BASE).shelf["spam"].version == 1
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"method": "é" * 64, "task": "\ud800", "digest": "\x1b[31m", "metric": float("nan")},
+        {"method": "x" * 1000, "first_layer": 2**62, "metric": float("inf"), "backbone_sha256": "€" * 64},
+        {"method": 3},
+    ],
+)
+def test_a_card_from_anywhere_does_not_stop_the_node_and_is_not_passed_on(
+    here: Machine, card: dict[str, object]
+) -> None:
+    usual = {"name": "x", "digest": "d", "method": "lora", "task": "t", "first_layer": 1, "top_layers": 1}
+    put_adapter(here.shelf, "odd", card=usual | card)
+    held = here.look().shelf["odd"]
+    assert (held.metric, held.base) == (None, BASE) and held.method in ("", "lora")
+    assert decode_json(encode_json(FilesHeld(node=NodeId("a"), incarnation=1, adapters=[held])), FilesHeld)
+
+
+def test_an_index_damaged_within_costs_that_version_only(here: Machine) -> None:
+    here.make("spam", b"1")
+    here.make("tone", b"2")
+    path = here.library.home / "index.json"
+    index = json.loads(path.read_text())
+    index["kept"][0]["files"] = "nonsense"
+    path.write_text(json.dumps(index))
+    again = Library(here.shelf, quota_bytes=10**9)
+    assert set(again.look({}, BASE).shelf) == {"spam", "tone"}
+    digest = index["kept"][0]["held"]["digest"]
+    assert bytes.fromhex(digest) not in again.look({}, BASE).blobs and again.own_copy(digest) is None
 
 
 def test_a_directory_that_is_still_being_written_is_no_version_yet(here: Machine) -> None:
