@@ -68,14 +68,14 @@ def violations(mesh: Mesh) -> list[str]:
 
 @pytest.mark.parametrize("block", range(2))
 def test_after_a_storm_all_nodes_have_one_ring_and_true_catalogues(block: int) -> None:
-    for seed in seeds(50, block * 50):
+    for seed in seeds(40, block * 40):
         mesh = storm(seed)
         found = violations(mesh)
         assert not found, report(seed, mesh, found)
 
 
 def test_split_over_three_brokers_and_merged_all_nodes_have_one_ring() -> None:
-    for seed in seeds(30):
+    for seed in seeds(20):
         mesh = storm(seed, n_brokers=3)
         found = violations(mesh)
         assert not found, report(seed, mesh, found)
@@ -83,7 +83,7 @@ def test_split_over_three_brokers_and_merged_all_nodes_have_one_ring() -> None:
 
 def test_a_mesh_whose_brokers_die_with_their_hosts_keeps_one_ring() -> None:
     """A new broker has kept nothing: who coordinates, and who holds what, is said again."""
-    for seed in seeds(30):
+    for seed in seeds(20):
         mesh = storm(seed, is_hosted=True)
         found = violations(mesh)
         assert not found, report(seed, mesh, found)
@@ -100,7 +100,7 @@ def test_what_is_said_of_the_ring_and_of_catalogues_survives_the_wire_unchanged(
         kinds[type(message).__name__] += 1
         return heard.message
 
-    for seed in range(4):
+    for seed in range(2):
         mesh = mesh_world(seed, length_s=STORM_S, is_shared=True)
         mesh.world.network.wire = through
         mesh.storm(STORM_S)
@@ -154,7 +154,7 @@ def test_nodes_that_start_together_join_together() -> None:
 @pytest.mark.parametrize("is_hosted", [False, True])
 def test_a_mesh_at_rest_says_nothing_of_its_memory(is_hosted: bool) -> None:
     mesh, said = calm(4, is_hosted=is_hosted)
-    mesh.world.run(300.0)
+    mesh.world.run(60.0)
     assert not said
 
 
@@ -197,7 +197,7 @@ def test_a_goodbye_makes_one_new_ring_at_once() -> None:
     assert made_at - left_at < 1.0
 
 
-def test_a_new_coordinator_numbers_the_ring_anew_and_moves_nothing_until_the_old_one_is_given_up() -> None:
+def test_a_new_coordinator_numbers_the_ring_anew_and_moves_nothing_at_once() -> None:
     mesh, _ = calm(5)
     world = mesh.world
     died = world.last_elected
@@ -303,11 +303,12 @@ def test_a_coordinator_that_does_not_count_turns_the_epoch_checker_red() -> None
     planted(target, uncounted, over(ring_checkers.one_ring_per_epoch))
 
 
-def test_coordinators_that_do_not_number_the_ring_anew_turn_the_meeting_check_red() -> None:
-    def unmet(mesh: Mesh) -> list[str]:
-        return [wrong for wrong in disagreements(mesh) if "ring" in wrong]
-
-    planted("mesh.cache.sharding.Sharding._renumbered", lambda sharding, claim: None, unmet, first=46)
+def test_a_coordinator_that_does_not_number_the_ring_anew_is_seen() -> None:
+    with (
+        patch("mesh.cache.sharding.Sharding._renumbered", lambda sharding, claim: None),
+        pytest.raises(AssertionError),
+    ):
+        test_a_new_coordinator_numbers_the_ring_anew_and_moves_nothing_at_once()
 
 
 def test_a_node_that_never_asks_for_the_whole_turns_the_catalogue_check_red() -> None:
