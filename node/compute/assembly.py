@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mesh.errors import ConfigError
@@ -17,8 +18,10 @@ from node.compute.backbone.contract import Backbone
 from node.compute.backbone.llama import LlamaBackbone
 from node.compute.features.choice import FetchOrCompute
 from node.compute.features.link import MeshLink
+from node.compute.features.maps import FeatureMaps
 from node.compute.features.mesh_store import MeshStore
 from node.compute.features.proof import Proof
+from node.compute.features.shape import Numerics
 from node.compute.features.store import LocalStore
 from node.compute.messages import Load, Run
 from node.compute.model_engine import ModelEngine
@@ -32,7 +35,8 @@ from node.compute.serve.shared_prefixes import SharedPrefixes
 from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
 from node.compute.tune.making import FeaturesJob
-from node.compute.tune.source import FeatureSource
+from node.compute.tune.source import FeatureSource, MapsFactory
+from node.compute.tune.variants import Variant, VariantJob
 
 __all__ = ["FeatureMemory", "measurement", "model_engine", "tokenizer_digest"]
 
@@ -159,27 +163,71 @@ class _Jobs:
         self._clock = clock
         self._source: FeatureSource | None = None
 
-    def job(self, spec: TuneSpec, deadline_s: float | None) -> TuneJob:
+    def job(self, spec: TuneSpec, deadline_s: float | None) -> TuneJob | VariantJob:
         """``deadline_s``: seconds left for it.
 
         Raises:
         ConfigError: The task cannot be done as asked.
         """
-        load, features = self._load, Path(self._load.features_dir)
-        source = self._feature_source()
-        return TuneJob(
+        load, own = self._load, self._feature_source()
+        checkpoint_dir = Path(load.features_dir) / "checkpoints"
+        began_at = self._clock()
+
+        def make(variant: Variant) -> TuneJob:
+            left_s = None if deadline_s is None else max(0.0, deadline_s - (self._clock() - began_at))
+            return TuneJob(
+                spec,
+                directory=self._directory,
+                digest=self._digest,
+                shelf_dir=Path(load.adapters_dir),
+                checkpoint_dir=checkpoint_dir,
+                maps_factory=self._in_form(variant),
+                features_name=variant.profile,
+                datasets_dir=Path(load.datasets_dir),
+                threads=self._threads,
+                deadline_s=left_s,
+                clock=self._clock,
+            )
+
+        if not self._memory.store.is_linked:
+            return make(Variant(_profile(own)))
+        make(Variant(_profile(own))).close()  # what cannot be done is refused now
+        return VariantJob(
             spec,
+            _profile(own),
+            make=make,
+            maps=lambda variant, cut, n_bytes: self._in_form(variant)(
+                cut, error=spec.feature_error, n_bytes=n_bytes
+            ),
+            store=self._memory.store,
+            choice=self._memory.choice,
             directory=self._directory,
             digest=self._digest,
             shelf_dir=Path(load.adapters_dir),
-            checkpoint_dir=features / "checkpoints",
-            maps_factory=source,
-            features_name=_profile(source),
+            checkpoint_dir=checkpoint_dir,
             datasets_dir=Path(load.datasets_dir),
-            threads=self._threads,
-            deadline_s=deadline_s,
+            n_layers=self._backbone.n_layers,
+            width=self._backbone.width,
             clock=self._clock,
         )
+
+    def _in_form(self, variant: Variant) -> MapsFactory:
+        """Features as this node computes them, or as others have: then there is no computing them here."""
+        source = self._feature_source()
+        if variant.profile != _profile(source):
+            precision, _, text = variant.profile.partition(" ")
+            source = replace(
+                source,
+                backbone=None,
+                numerics=Numerics(is_packed=True, threads=None, text=text),
+                precision=precision,
+                width=self._backbone.width,
+            )
+
+        def maps(cut: int, *, error: float = 0.0, n_bytes: int = 0, codec: str | None = None) -> FeatureMaps:
+            return source(cut, error=error, n_bytes=n_bytes, codec=codec or variant.codec)
+
+        return maps
 
     def features(self, run: Run, tokens: Tokens) -> FeaturesJob:
         """Raises:
