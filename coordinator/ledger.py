@@ -34,6 +34,8 @@ class Ledger:
         self._settled: dict[TaskId, None] = {}  # in the order they were settled
         self._touched: dict[TaskId, None] = {}
         self._moved: dict[TaskId, None] = {}
+        self.apart: dict[TaskId, Task] = {}
+        """Jobs that are trained on several nodes, and their parts."""
         self.counts: Counter[TaskState] = Counter()
         self.in_flight: Counter[NodeId] = Counter()
         """Attempts assigned to or running on each node."""
@@ -78,6 +80,8 @@ class Ledger:
     def add(self, task: Task) -> None:
         assert task.id not in self._tasks, f"task {task.id} is in the ledger already"
         self._tasks[task.id] = task
+        if task.submit.tune is not None and task.submit.tune.nodes > 1:
+            self.apart[task.id] = task
         self._index(task)
         self.touch(task)
 
@@ -96,6 +100,7 @@ class Ledger:
         self._unindex(task)
         self._settled.pop(task.id, None)
         self._moved[task.id] = None
+        self.apart.pop(task.id, None)
         del self._tasks[task.id]
 
     def touch(self, task: Task) -> None:

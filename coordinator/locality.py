@@ -21,7 +21,7 @@ from typing import Final
 from coordinator.cluster import Node
 from coordinator.policy.nodes import Share
 from coordinator.policy.rates import FETCH_BYTES_PER_S, Rates
-from coordinator.policy.work import Work
+from coordinator.policy.work import Work, epochs_of
 from mesh.ids import NodeId
 from mesh.messages import FeaturesHeld, Submit
 from mesh.messages.tune import TuneSpec, features_identity
@@ -113,7 +113,7 @@ class Locality:
         if profiles is None:
             return work
         held = next(reversed(profiles.values())).held
-        epochs = submit.tune.epochs if work.n_tune_tokens else 0
+        epochs = epochs_of(submit.tune) if work.n_tune_tokens else 0
         return replace(
             work,
             n_feature_tokens=float(held.n_tokens),

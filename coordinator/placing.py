@@ -83,7 +83,7 @@ class Placing:
 
         ``None`` if it may be, or if the policy refuses nothing.
         """
-        if not self._dispatcher.policy.drop:
+        if not self._dispatcher.policy.drop or _is_done_in_parts(submit):
             return None
         self._take_in_nodes(now)
         job = Job(
@@ -206,6 +206,7 @@ class Placing:
         return (
             task.is_acknowledged
             and not task.is_cancelling
+            and not _is_done_in_parts(task.submit)
             and task.deadline_at > now
             and (self._with_recovered or not task.is_recovered)
         )
@@ -238,6 +239,11 @@ def _is_same(job: Job, task: Task) -> bool:
     return (job.arrived_at, job.deadline_at, job.avoid) == (task.accepted_at, task.deadline_at, task.avoid)
 
 
+def _is_done_in_parts(submit: Submit) -> bool:
+    """It never runs itself: see ``coordinator.rounds``."""
+    return submit.tune is not None and submit.tune.nodes > 1 and submit.tune.part is None
+
+
 _UNBORN = TaskId("a-task-not-accepted-yet")
 
 
@@ -250,8 +256,11 @@ class _Has:
     also_called: tuple[str, ...]
     adapters: frozenset[str]
     n_layers: int
+    profile: str | None
 
     def __call__(self, needs: Needs) -> bool:
+        if needs.profile and self.profile not in (None, needs.profile):
+            return False
         return has_what_it_needs(self.node, self.model, self.also_called, self.adapters, needs, self.n_layers)
 
 
@@ -268,7 +277,14 @@ def _view_of(node: Node, locality: Locality) -> NodeView | None:
         id=node.id,
         rates=_rates_of(info, node.id, locality),
         slots=node.slots,
-        has=_Has(node.id, info.model, tuple(info.also_called), frozenset(info.adapters), held_layers(info)),
+        has=_Has(
+            node.id,
+            info.model,
+            tuple(info.also_called),
+            frozenset(info.adapters),
+            held_layers(info),
+            info.features_profile,
+        ),
         is_ready=node.may_start,
         can_pause=info.can_pause,
         tunes_beside=True,

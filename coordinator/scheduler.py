@@ -19,8 +19,8 @@ The safety argument, per task:
    over gets no ``Held`` and acknowledges nothing.
 
 The parts: ``intake`` (clients), ``attempts`` (workers), ``copies`` and ``settlement`` (disks), ``recovery``
-(elections), ``groundwork`` (feature maps of one node for another), all on one ``Term``. This file routes, and
-decides when.
+(elections), ``groundwork`` (feature maps of one node for another), ``rounds`` (jobs of several nodes), all on
+one ``Term``. This file routes, and decides when.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from coordinator.policy.dispatch import DispatchConfig
 from coordinator.policy.policies import DEFAULT_POLICY, POLICIES, Policy
 from coordinator.publish import announce, conclude, event
 from coordinator.recovery import Recalls
+from coordinator.rounds import Rounds
 from coordinator.settlement import Settlement, SettlementConfig
 from coordinator.store import RecordStore
 from coordinator.submissions import SubmissionBuffer, unknown_to
@@ -190,7 +191,7 @@ class Scheduler:
                 return min(self._recover_until, self._recalls.wake_at)
             case Mode.ACTIVE:
                 times = (self._ledger.wake_at, self._recalls.wake_at, self._intake.wake_at)
-                return min(*times, self._stragglers_until, self._placing.wake_at)
+                return min(*times, self._stragglers_until, self._placing.wake_at, self._rounds.wake_at)
 
     # ── the three entrances ─────────────────────────────────────────────────────────────────────────
 
@@ -284,6 +285,12 @@ class Scheduler:
             attempts=self._attempts,
             admission=config.admission,
             config=config.ahead,
+        )
+        self._rounds = Rounds(
+            term=self._term,
+            intake=self._intake,
+            attempts=self._attempts,
+            settle=self._settlement.settle,
         )
 
     def _begin(self, epoch: Epoch, now: float) -> list[Effect]:
@@ -475,7 +482,7 @@ class Scheduler:
     def _rest(self, effects: list[Effect], now: float) -> list[Effect]:
         """After every input: start what can start, and put what changed back on the agenda."""
         if self._mode is Mode.ACTIVE:
-            effects = [*effects, *self._groundwork.attend(now)]
+            effects = [*effects, *self._groundwork.attend(now), *self._rounds.attend(now)]
             effects = [*effects, *self._attempts.place(now, with_recovered=not self._awaits_stragglers)]
         for task in self._ledger.take_touched():
             if task.is_open:

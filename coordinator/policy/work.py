@@ -8,8 +8,19 @@ from typing import Final
 from mesh.ids import NodeId
 from mesh.messages import Submit
 from mesh.messages.task import TaskKind
+from mesh.messages.tune import TuneSpec
 
-__all__ = ["ANYTHING", "KINDS", "NEED_ALL_LAYERS", "PATIENCE", "Needs", "Work", "needs_of", "work_of"]
+__all__ = [
+    "ANYTHING",
+    "KINDS",
+    "NEED_ALL_LAYERS",
+    "PATIENCE",
+    "Needs",
+    "Work",
+    "epochs_of",
+    "needs_of",
+    "work_of",
+]
 
 KINDS: Final[tuple[TaskKind, ...]] = ("generate", "score", "classify", "embed", "tune", "features")
 
@@ -37,6 +48,8 @@ class Needs:
     """All layers of the model: it writes answers, or makes feature maps."""
     top_layers: int = 0
     """At least so many layers at the top."""
+    profile: str = ""
+    """Computes features so, and no other way; empty: as it likes."""
 
 
 ANYTHING: Final = Needs()
@@ -89,7 +102,9 @@ class Work:
 def needs_of(submit: Submit) -> Needs:
     holders = frozenset(submit.tune.holders) if submit.tune is not None else frozenset[NodeId]()
     top_layers = (submit.tune.top_layers or 0) if submit.tune is not None else 0
-    return Needs(submit.model, submit.adapter, holders, submit.kind in NEED_ALL_LAYERS, top_layers)
+    part = submit.tune.part if submit.tune is not None else None
+    profile = part.profile if part is not None else ""
+    return Needs(submit.model, submit.adapter, holders, submit.kind in NEED_ALL_LAYERS, top_layers, profile)
 
 
 def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float = BYTES_PER_TOKEN) -> Work:
@@ -114,10 +129,12 @@ def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float
             tune = submit.tune
             assert tune is not None, "a tune task has its spec"
             n_tokens = _FILE_TOKENS if tune.data is None else _n_bytes(tune.data) / bytes_per_token
+            if tune.part is not None:
+                n_tokens /= tune.nodes
             return Work(
                 kind="tune",
                 n_feature_tokens=n_tokens,
-                n_tune_tokens=n_tokens * tune.epochs,
+                n_tune_tokens=n_tokens * epochs_of(tune),
                 reuses=tune.data_sha256,
             )
         case "features":
@@ -137,6 +154,13 @@ def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float
                 n_adapter_loads=n_adapter_loads,
                 reuses=submit.adapter,
             )
+
+
+def epochs_of(tune: TuneSpec) -> int:
+    """How often one task goes over its records: a part does so once a round."""
+    if tune.part is None:
+        return tune.epochs
+    return 1 if tune.part.stage == "train" else 0
 
 
 def _n_bytes(text: str) -> int:
