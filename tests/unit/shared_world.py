@@ -35,7 +35,9 @@ def engine_of(world: World, mesh: Mesh, **more: str) -> ModelEngine:
         keys = keys_of(world, **more)
         return SharedPrefixes(prefixes, keys, [("mesh", mesh)], mesh, lambda: mesh.now)  # type: ignore[arg-type]
 
-    return world.engine(share=share)
+    engine = world.engine(share=share)
+    engine._expect_cuts(2, 4)  # as if ``middle`` and ``top`` had been asked for before
+    return engine
 
 
 class Mesh:

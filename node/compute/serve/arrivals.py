@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from mesh.errors import DecodeError
 from node.compute.backbone.deltas import Adapter
@@ -115,6 +115,10 @@ class _Plan:
     read_s: float
     """What reading the same here would take."""
 
+    @property
+    def saves_s(self) -> float:
+        return self.read_s - _MARGIN * self.expected_s
+
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
@@ -183,7 +187,7 @@ class Arrival:
 
     def _decide(self) -> None:
         """Everybody has answered: the source whose plan saves most, or none."""
-        found: list[tuple[float, str, Source, _Plan]] = []
+        found: list[tuple[str, Source, _Plan]] = []
         for name, source, asking in self._asked:
             answer = asking.answer
             if answer is None or answer[1].expected_s is None:
@@ -191,15 +195,14 @@ class Arrival:
             claimed = {part.key for part, is_there in zip(self._offered, answer[0], strict=True) if is_there}
             for level in self._levels:
                 plan = self._plan_of(level, claimed, answer[1].expected_s)
-                if plan is not None:
-                    found.append((plan.read_s - _MARGIN * plan.expected_s, name, source, plan))
+                if plan is not None and plan.read_s > 0:
+                    found.append((name, source, plan))
         self._asked, self._offered = [], []
-        saves_s, self.source_name, source, plan = max(found, key=lambda it: it[0], default=_NOTHING)
-        if plan is None or (
-            saves_s <= 0 and not (plan.expected_s <= _TRY_FACTOR * plan.read_s and self._costs.may_try())
-        ):
+        chosen = self._chosen(found)
+        if chosen is None:
             self.is_over = True
             return
+        self.source_name, source, plan = chosen
         within_s = min(max(plan.read_s, _WITHIN_S_MIN), _WITHIN_S_MAX)
         stop = plan.n_blocks * BLOCK_TOKENS
         self._plan, self._n_blocks = plan, plan.n_blocks
@@ -214,6 +217,16 @@ class Arrival:
             "prefix_fetch from=%s tokens=%d..%d layers=%d bytes=%d expected_s=%.3f read_s=%.3f",
             *(self.source_name, self._n_known, stop, plan.level, plan.n_bytes, plan.expected_s, plan.read_s),
         )
+
+    def _chosen(self, found: Sequence[tuple[str, Source, _Plan]]) -> tuple[str, Source, _Plan] | None:
+        if not found:
+            return None
+        best = max(found, key=lambda it: it[2].saves_s)
+        if best[2].saves_s > 0:
+            return best
+        best = min(found, key=lambda it: it[2].expected_s / it[2].read_s)
+        is_near = best[2].expected_s <= _TRY_FACTOR * best[2].read_s
+        return best if is_near and self._costs.may_try() else None
 
     def _plan_of(self, level: int, claimed: set[bytes], claimed_s: float) -> _Plan | None:
         """What of the layers below ``level`` would come, of as many whole blocks as are there."""
@@ -379,9 +392,6 @@ class Arrival:
                 self.is_late = True
                 return False
         return not self.is_broken
-
-
-_NOTHING: tuple[float, str, Any, None] = (0.0, "", None, None)
 
 
 def _order(part: Part) -> tuple[int, int, int]:
