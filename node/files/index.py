@@ -5,7 +5,8 @@
     removed   names that the whole mesh has given up, up to a version, for a while
     declined  names that were removed on this machine only, up to a version
 
-Points in time are those of this machine's calendar, since they outlive its processes; they never travel.
+When something was last used is a date of this machine's calendar, good enough to choose what leaves first.
+How long a removal is remembered is not: a device without a battery may have any date.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class ShelfPlace:
 @dataclass(frozen=True, slots=True)
 class Removal:
     version: int
-    until: float
+    left_s: float
+    """How long it is still remembered, in time that this machine is on."""
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ class Index:
     """By name and digest."""
     removed: dict[str, Removal] = field(default_factory=dict)
     declined: dict[str, int] = field(default_factory=dict)
+    aged_at: float = 0.0
+    """On the monotonic clock of this machine, which all its processes share, and which a boot starts anew."""
 
     def current(self, name: str) -> Kept | None:
         """What lies on the shelf under this name."""
@@ -89,6 +93,7 @@ class Index:
             "kept": [asdict(kept) for _, kept in sorted(self.kept.items())],
             "removed": {name: asdict(removal) for name, removal in sorted(self.removed.items())},
             "declined": dict(sorted(self.declined.items())),
+            "aged_at": self.aged_at,
         }
         return json.dumps(plain, indent=1)
 
@@ -112,10 +117,11 @@ class Index:
             },
             kept={one.key: one for one in kept},
             removed={
-                name: Removal(int(one["version"]), float(one["until"]))
+                name: Removal(int(one["version"]), float(one["left_s"]))
                 for name, one in plain["removed"].items()
             },
             declined={name: int(version) for name, version in plain["declined"].items()},
+            aged_at=float(plain["aged_at"]),
         )
 
 

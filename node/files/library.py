@@ -47,13 +47,13 @@ __all__ = ["REMEMBERED_S", "Holdings", "Library"]
 log = logging.getLogger(__name__)
 
 REMEMBERED_S = 30 * 24 * 3600.0
-"""How long a removal is remembered: a node that is away for longer brings its copy back."""
+"""How long a removal is remembered while a machine is on. Who is away for longer may bring its copy back."""
 LEFT_OVER_S = 3600.0
 """No pull takes so long between two files; another node of this machine may be at one."""
 USED_EVERY_S = 60.0
 """How exactly it is known when an adapter was used last: each note costs a write to the disk."""
 NOTED_MAX = 4096
-LEFT_EVERY_S = 60.0
+AGE_EVERY_S = 3600.0
 """How exactly it is known how long removals are still remembered."""
 OLDER_KEPT_MAX = 2
 """Versions of a name beside the one that is served."""
@@ -72,15 +72,21 @@ class Holdings:
 
 
 class Library:
-    """``now`` is this machine's calendar, in seconds."""
+    """``now`` is this machine's calendar, ``uptime`` its monotonic clock; both in seconds."""
 
     def __init__(
-        self, directory: Path, *, quota_bytes: int = 0, now: Callable[[], float] = time.time
+        self,
+        directory: Path,
+        *,
+        quota_bytes: int = 0,
+        now: Callable[[], float] = time.time,
+        uptime: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
         self.home = directory / ".mesh"
         self._quota_bytes = quota_bytes
         self._now = now
+        self._uptime = uptime
         self._used: dict[str, float] = {}
         self._noted: dict[str, float] = {}
         self._used_lock = threading.Lock()
@@ -102,10 +108,11 @@ class Library:
         """
         seen = self._seen()
         gone = {name: one.version for name, one in newest.items() if one.held is None}
-        rest = (gone, base, int(self._now() // LEFT_EVERY_S))
+        rest = (gone, base, int(self._uptime() // AGE_EVERY_S))
         if self._last is not None and self._last[0] == (seen, self._stamp(), rest) and not self._used:
             return self._last[1]
         with open_index(self.home) as index:
+            self._age(index)
             self._note_uses(index)
             for name, identity in seen.items():
                 place = index.shelf.get(name)
@@ -117,8 +124,7 @@ class Library:
             self._missing = missing - self._missing
             for name, one in newest.items():
                 if one.held is None:
-                    self._bury(index, name, one.version, self._now() + min(one.left_s, REMEMBERED_S))
-            self._forget_old(index)
+                    self._bury(index, name, one.version, min(one.left_s, REMEMBERED_S))
             holdings = self._holdings(index, base)
         self._last = None if self._missing else ((seen, self._stamp(), rest), holdings)
         return holdings
@@ -203,12 +209,11 @@ class Library:
         def told(held: AdapterHeld) -> AdapterHeld:
             return replace(held, base=base) if held.base is None and held.is_own else held
 
-        now = self._now()
-        removed = sorted(index.removed.items(), key=lambda one: -one[1].until)[:REMOVED_MAX]
+        removed = sorted(index.removed.items(), key=lambda one: -one[1].left_s)[:REMOVED_MAX]
         return Holdings(
             adapters=tuple(told(kept.held) for kept in ordered[:ADAPTERS_HELD_MAX]),
             removed=tuple(
-                AdapterRemoved(name=name, version=one.version, left_s=max(0.0, one.until - now))
+                AdapterRemoved(name=name, version=one.version, left_s=max(0.0, one.left_s))
                 for name, one in removed
             ),
             shelf={
@@ -366,7 +371,8 @@ class Library:
             OSError: The directory cannot be written.
         """
         with open_index(self.home) as index:
-            self._bury(index, name, version, self._now() + REMEMBERED_S)
+            self._age(index)
+            self._bury(index, name, version, REMEMBERED_S)
 
     def remove_here(self, name: str) -> bool:
         """On this machine only: it is not pulled again before there is a newer version.
@@ -380,11 +386,13 @@ class Library:
             self.discard(self.directory / name)
             return was_here
 
-    def _bury(self, index: Index, name: str, version: int, until: float) -> None:
+    def _bury(self, index: Index, name: str, version: int, left_s: float) -> None:
         known = index.removed.get(name)
         is_news = known is None or known.version < version
-        if is_news or (known is not None and known.version == version and until < known.until):
-            index.removed[name] = Removal(version, until)
+        if is_news or (known is not None and known.version == version and left_s < known.left_s):
+            index.removed[name] = Removal(version, left_s)
+            if len(index.removed) > REMOVED_MAX:
+                del index.removed[min(index.removed, key=lambda name: index.removed[name].left_s)]
         current, path = index.current(name), self.directory / name
         if current is not None and current.held.version <= version:
             # What was put there since the last look is newer than what is removed.
@@ -408,12 +416,17 @@ class Library:
         index.shelf.pop(name, None)
         self._drop(index, versions)
 
-    def _forget_old(self, index: Index) -> None:
-        now = self._now()
-        for name in [name for name, one in index.removed.items() if one.until <= now]:
-            del index.removed[name]
-        while len(index.removed) > REMOVED_MAX:
-            del index.removed[min(index.removed, key=lambda name: index.removed[name].until)]
+    def _age(self, index: Index) -> None:
+        """Before anything is added: what is remembered has become older."""
+        uptime = self._uptime()
+        if not 0 <= uptime - index.aged_at < AGE_EVERY_S:  # or this machine was started since
+            passed_s = max(0.0, uptime - index.aged_at)
+            index.aged_at = uptime
+            index.removed = {
+                name: Removal(one.version, one.left_s - passed_s)
+                for name, one in index.removed.items()
+                if one.left_s > passed_s
+            }
 
     def _trim(self, index: Index, name: str) -> None:
         older = [kept for (of, _), kept in index.kept.items() if of == name and not index.is_current(kept)]

@@ -44,6 +44,8 @@ JOINED_WAIT_S = 3.0
 """After joining: what the others have is retained and comes at once; a second node may just be starting."""
 WAIT_S = 15.0
 LOOK_EVERY_S = 0.2
+SAY_EVERY_S = 0.5
+"""How far it is: a line in the log each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,14 @@ class ModelSeeker:
             return False
         total = max(1, files.n_bytes)
 
+        loop = asyncio.get_running_loop()
+        said_at = float("-inf")
+
         def on_bytes(n_bytes: int) -> None:
+            nonlocal said_at
+            if loop.time() - said_at < SAY_EVERY_S and n_bytes < total:
+                return
+            said_at = loop.time()
             n_peers = len(holders())
             whom = f"{n_peers} peer{'s' * (n_peers != 1)}"
             progress(f"fetching {source.display} ({bytes_text(held.bytes)}) from {whom}", n_bytes / total)

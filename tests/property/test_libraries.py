@@ -40,7 +40,7 @@ class Machine:
         self.id = NodeId(name)
         self.at = 1e6
         self.shelf = directory / name
-        self.library = Library(self.shelf, quota_bytes=10**9, now=lambda: self.at)
+        self.library = Library(self.shelf, quota_bytes=10**9, now=lambda: self.at, uptime=lambda: self.at)
         self.versions = Versions(self.id)
         self.versions.learn(LinkUp(1, None), 0.0)
         self.is_here = True

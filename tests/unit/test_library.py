@@ -15,7 +15,7 @@ from mesh.messages import FilesHeld
 from mesh.messages.files import AdapterHeld
 from mesh.wire import decode_json, encode_json
 from node.files.file_list import ADAPTER_FILES, FileList
-from node.files.library import OLDER_KEPT_MAX, REMEMBERED_S, Holdings, Library
+from node.files.library import AGE_EVERY_S, OLDER_KEPT_MAX, REMEMBERED_S, Holdings, Library
 from tests.unit.adapters_made import put_adapter
 
 BASE = "b" * 64
@@ -27,7 +27,14 @@ class Machine:
     def __init__(self, path: Path, quota_bytes: int = 10**9) -> None:
         self.at = 1_000_000.0
         self.shelf = path / "adapters"
-        self.library = Library(self.shelf, quota_bytes=quota_bytes, now=lambda: self.at)
+        self.up_s = 9_000_000.0
+        self.library = self.restarted(quota_bytes)
+
+    def restarted(self, quota_bytes: int = 10**9) -> Library:
+        self.library = Library(
+            self.shelf, quota_bytes=quota_bytes, now=lambda: self.at, uptime=lambda: self.up_s
+        )
+        return self.library
 
     def look(self, newest: dict[str, Newest] | None = None) -> Holdings:
         self.at += 1
@@ -86,7 +93,7 @@ def test_a_new_version_counts_on_from_what_the_mesh_knows(here: Machine) -> None
 
 def test_versions_outlive_the_process(here: Machine) -> None:
     held = here.make("spam", b"1")
-    again = Library(here.shelf, quota_bytes=10**9, now=lambda: here.at)
+    again = here.restarted()
     assert again.look({}, BASE).shelf["spam"] == held
 
 
@@ -208,13 +215,23 @@ def test_a_removal_is_repeated_until_it_is_forgotten(here: Machine) -> None:
     here.library.remove("spam", 1)
     (one,) = here.look().removed
     assert (one.name, one.version) == ("spam", 1) and one.left_s == pytest.approx(REMEMBERED_S, abs=5)
-    here.at += REMEMBERED_S - 100
+    here.up_s += REMEMBERED_S - 100
+    here.restarted()
     (one,) = here.look().removed
-    assert one.left_s < 100, "time passes while nobody looks, and while the process is away"
+    assert one.left_s <= 100, "time passes while nobody looks, and while the process is away"
     here.look(removed("spam", 1))
-    assert here.look().removed[0].left_s < 100, "who says it again does not make it live longer"
-    here.at += 200
+    assert here.look().removed[0].left_s <= 100, "who says it again does not make it live longer"
+    here.up_s += AGE_EVERY_S
     assert here.look().removed == ()
+
+
+def test_the_date_and_a_boot_forget_no_removal(here: Machine) -> None:
+    here.library.remove("spam", 1)
+    here.at += 100 * REMEMBERED_S  # a device without a battery has heard what day it is
+    assert here.look().removed[0].left_s == REMEMBERED_S
+    here.up_s = 5.0
+    here.restarted()
+    assert here.look().removed[0].left_s == REMEMBERED_S
 
 
 def test_a_removed_adapter_does_not_come_back_by_a_pull_that_was_under_way(
