@@ -114,6 +114,10 @@ class Exchange:
             return min(at, *asked)
         return min([at, *asked, *(one.due_at for one in self._behind.values() if one.until is None)])
 
+    def whole(self) -> CatalogueWhole:
+        """This node's own, as told last."""
+        return self.writer.whole()
+
     # ── this node's own ─────────────────────────────────────────────────────────────────────────────
 
     def on_held(self, fact: HeldChanged, now: float) -> list[Effect]:
@@ -134,14 +138,14 @@ class Exchange:
 
     def on_echo(self, said: CatalogueDelta | CatalogueWhole | CatalogueVersion, now: float) -> None:
         """The broker keeps what this node said. Is it the last, or was an older one sent again after it?"""
-        told = self.writer.whole()
+        told = self.whole()
         if (said.life, said.version) == (told.life, told.version):
             self._say_again_at = FOREVER
         elif (said.life, said.version) < (told.life, told.version):
             self._say_again_at = min(self._say_again_at, now + self.config.again_s)
 
     def _say_version(self) -> list[Effect]:
-        told = self.writer.whole()
+        told = self.whole()
         return [Broadcast(CatalogueVersion(life=told.life, version=told.version))] if told.version else []
 
     def _tell(self, now: float) -> list[Effect]:
@@ -157,7 +161,7 @@ class Exchange:
         self._told_at = now
         n_bytes = len(said.bits if isinstance(said, CatalogueWhole) else said.flips)
         if n_bytes > self.config.told_bytes:
-            return [Broadcast(CatalogueVersion(life=self.writer.whole().life, version=said.version))]
+            return [Broadcast(CatalogueVersion(life=self.whole().life, version=said.version))]
         return [Broadcast(said)]
 
     # ── the others' ─────────────────────────────────────────────────────────────────────────────────

@@ -149,7 +149,7 @@ class Sharding:
 
     def whole(self) -> CatalogueWhole:
         """This node's own catalogue, for whoever asks its data plane: the last version told."""
-        return self._exchange.writer.whole()
+        return self._exchange.whole()
 
     def claims(self, node: NodeId, key: bytes) -> bool:
         """Whether ``node``, which may be this one, says that it has the key."""
