@@ -312,6 +312,15 @@ class Catalogues:
             peer.n_distrusted = max(0, peer.n_distrusted - 1)
         return peer.distrusted_until <= now
 
+    def lacks(self, node: NodeId, keys: Iterable[bytes]) -> None:
+        """It was asked whether it has these, which its filter claims, and has not: one in a hundred is so.
+
+        That is no lie, and known until that node says something new.
+        """
+        peer = self._peers.get(node)
+        if peer is not None:
+            peer.missing.update(list(keys)[: self.config.misses_max - len(peer.missing)])
+
     def _refuse(self, peer: _Peer, now: float) -> Outcome:
         self._distrust(peer, now)
         return Outcome.REFUSED

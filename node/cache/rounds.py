@@ -7,6 +7,10 @@
 Blocks that the compute process has made are offered to their owners at once (what came from a peer, that peer
 offers to the others); a change of the ring, and every ``sweep_s``, looks at all of them. What fails is tried
 again by a later sweep.
+
+Catalogues claim up to one key in a hundred wrongly, and nobody would send a block to an owner that seems to
+have it. So the owners that claim a block are asked whether they have it (``_prove``): 32 bytes a block, once
+after it was written or the ring has changed, and every ``PROVE_EVERY_S``.
 """
 
 from __future__ import annotations
@@ -48,6 +52,12 @@ HELD_PIECE = 1000
 """Keys in one fact: 10 ms of the core's time."""
 SURPLUS_WORTH = 0.01
 """Of a copy that only this node's own readers need: both owners have one."""
+PROVE_S = 1.0
+"""From one lot of keys to the next."""
+PROVE_IDLE_S = 3.0
+"""And while owners have yet to take what they are to have, or do not answer."""
+PROVE_EVERY_S = 600.0
+PROVE_LOT = 4096
 LEAST_S = 0.01
 IDLE_S = 1.0
 """How soon at the latest it is looked for something to move."""
@@ -78,6 +88,7 @@ class Rounds:
         self.moves = Moves(me, moves)
         self._held: dict[bytes, Known] = {}  # as last told
         self._fresh: dict[bytes, Known] = {}  # new here, and not yet offered to their owners
+        self._unproven: dict[bytes, None] = {}  # held, and not known to lie with all owners
         self._must_sweep = False
         self._sweep_at = clock()
         self._quotas: Mapping[NodeId, int] = {}
@@ -118,6 +129,7 @@ class Rounds:
                 group.create_task(self._tell_held(), name="cache.held")
                 group.create_task(self._draw(), name="cache.draw")
                 group.create_task(self._move(), name="cache.moves")
+                group.create_task(self._prove(), name="cache.proof")
         finally:
             for job in self._jobs:
                 job.cancel()
@@ -142,6 +154,8 @@ class Rounds:
         self._held = held
         for key in dropped:
             self._fresh.pop(key, None)
+            self._unproven.pop(key, None)
+        self._unproven |= dict.fromkeys(added)
         received = self._share.take_received()
         self._fresh |= {key: held[key] for key in added if key not in received}
         if added:
@@ -173,6 +187,7 @@ class Rounds:
         text = f"the mesh's memory is shared by {n} node{'s' if n != 1 else ''}"
         say(log, "cache_ring", text, epoch=str(view.epoch), members=list(view.members))
         self._must_sweep = True
+        self._unproven = dict.fromkeys(self._held)
         self._wake.set()
 
     async def _fetch(self, node: NodeId) -> None:
@@ -195,8 +210,7 @@ class Rounds:
         while True:
             knowledge, now = self._knowledge(), self._clock()
             ring, claims = knowledge.ring, knowledge.catalogues.claims
-            is_alone = ring.view is None or not set(ring.view.members) - {self._me}
-            if not is_alone:
+            if not self._is_alone:
                 if self._must_sweep or moves.wants_sweep(now) or (moves.is_idle and now >= self._sweep_at):
                     self._begin_sweep(self._held.values(), now)
                     self._sweep_at = now + moves.config.sweep_s
@@ -205,13 +219,18 @@ class Rounds:
                     self._begin_sweep(self._fresh.values(), now)
                 for parcel in moves.tick(ring, claims, now):
                     self._start(self._send(parcel), f"cache.parcel-{parcel.number}")
-            wait_s = IDLE_S if is_alone else min(max(moves.wake_at - self._clock(), LEAST_S), IDLE_S)
+            wait_s = IDLE_S if self._is_alone else min(max(moves.wake_at - self._clock(), LEAST_S), IDLE_S)
             try:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
+
+    @property
+    def _is_alone(self) -> bool:
+        view = self._knowledge().ring.view
+        return view is None or not set(view.members) - {self._me}
 
     def _begin_sweep(self, blocks: Iterable[Known], now: float) -> None:
         knowledge = self._knowledge()
@@ -255,6 +274,55 @@ class Rounds:
                 if verdict is PutVerdict.STORED
             )
         return n_bytes
+
+    # ── proof ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _prove(self) -> None:
+        again_at = self._clock() + PROVE_EVERY_S
+        wait_s = PROVE_S
+        while True:
+            await asyncio.sleep(wait_s)
+            if self._clock() >= again_at:
+                again_at = self._clock() + PROVE_EVERY_S
+                self._unproven = dict.fromkeys(self._held)
+            if self._is_alone or not self._unproven:
+                continue
+            wait_s = PROVE_S if await self._prove_lot() else PROVE_IDLE_S
+
+    async def _prove_lot(self) -> bool:
+        """Whether anything came of it."""
+        knowledge = self._knowledge()
+        view, claims = knowledge.ring.view, knowledge.catalogues.claims
+        assert view is not None, "there is a ring of several"
+        lot = list(self._unproven)[:PROVE_LOT]
+        asked: dict[NodeId, list[bytes]] = {}
+        waiting: set[bytes] = set()
+        for key in lot:
+            for owner in view.owners(key):
+                if owner == self._me:
+                    continue
+                if claims(owner, key):
+                    asked.setdefault(owner, []).append(key)
+                else:
+                    waiting.add(key)  # a sweep sends it
+        n_lacking = 0
+        for owner, keys in asked.items():
+            holder = self._where(owner)
+            lacking = await self._client.lacking(keys, holder) if holder is not None else None
+            if lacking is None:
+                waiting.update(keys)
+                continue
+            knowledge.catalogues.lacks(owner, lacking)
+            waiting.update(lacking)
+            n_lacking += len(lacking)
+            self._fresh |= {key: self._held[key] for key in lacking if key in self._held}
+        for key in lot:
+            if self._unproven.pop(key, key) is None and key in waiting and key in self._held:
+                self._unproven[key] = None  # its turn comes after all others'
+        if n_lacking:
+            log.debug("cache_proof lacking=%d of=%d", n_lacking, len(lot))
+            self._wake.set()
+        return len(waiting) < len(lot) or n_lacking > 0
 
     def _start(self, job: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(job, name=name)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mesh.cache import catalogue
 from mesh.transport.bulk.blobs import Block
+from node.cache import rounds
 from tests.integration.bulk_world import BulkWorld, batch_answer
 from tests.integration.cache_nodes import BLOCK_BYTES, CacheMesh, some_blocks, soon
 
@@ -113,6 +115,21 @@ async def test_a_pack_that_is_removed_is_unlisted_at_once_and_lies_twice_again(
         for pack in list_packs(mesh["b"].directory):
             pack.unlink()
         await soon(lambda: not any(mesh["a"].cache.reads.claimed(keys_of(blocks))), "the news")
+        await mesh.twice(blocks)
+
+
+async def test_a_filter_that_claims_wrongly_keeps_no_block_from_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key in a hundred: nobody would send it, and one death would lose it."""
+    blocks = some_blocks(0, 60)
+    has = catalogue._Peer.has
+    wrong = {block.key for block in blocks[::6]}
+    monkeypatch.setattr(catalogue._Peer, "has", lambda peer, key: key in wrong or has(peer, key))
+    monkeypatch.setattr(rounds, "PROVE_S", 0.1)
+    monkeypatch.setattr(rounds, "PROVE_IDLE_S", 0.1)
+    async with CacheMesh(tmp_path, THREE, monkeypatch) as mesh:
+        mesh["a"].write(blocks)
         await mesh.twice(blocks)
 
 

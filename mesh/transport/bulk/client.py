@@ -5,6 +5,7 @@
     read_in_order   many blocks, batch after batch, the next ones under way while one is used
     put_blocks      blocks to one peer, which may refuse
     catalogue       what one peer says it holds
+    lacking         which of some keys one peer has not got, whatever its catalogue says
 
 Each miss is a line in the log that names the holder and the reason, at most one per holder every few seconds.
 """
@@ -275,6 +276,23 @@ class BulkClient:
             self._say(holder, "catalogue", str(missed))
         except TimeoutError:
             self._say(holder, "catalogue", f"not whole within {within_s:g} s")
+        return None
+
+    async def lacking(
+        self, keys: Sequence[bytes], holder: Holder, *, within_s: float = CATALOGUE_WITHIN_S
+    ) -> list[bytes] | None:
+        """Those of the keys that the holder has not got; ``None``: it did not answer. No payload travels."""
+        missing: list[bytes] = []
+        try:
+            async with asyncio.timeout(within_s):
+                for start in range(0, len(keys), KEYS_MAX):
+                    batch = await self._exchanges.get_blocks(holder, keys[start : start + KEYS_MAX], 1)
+                    missing += batch.missing
+            return missing
+        except Missed as missed:
+            self._say(holder, "keys", str(missed))
+        except TimeoutError:
+            self._say(holder, "keys", f"no answer within {within_s:g} s")
         return None
 
     def _say(self, holder: Holder, what: str, why: str) -> None:
