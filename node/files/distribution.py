@@ -43,6 +43,8 @@ Replicas = Literal["auto", "all", "demand"]
 SMALL_BYTES = 32_000_000
 """An adapter of rank 8 on the top quarter of a 1B model has 5 MB; at 200 Mbit/s this is 1.3 s."""
 LOOK_EVERY_S = 1.0
+TELL_OTHERS_EVERY_S = 2.0
+"""Of what was pulled: who joins a mesh of many adapters does not send its whole list after each."""
 PULLS_AT_ONCE = 4
 RETRY_S = 2.0
 RETRY_MOST_S = 120.0
@@ -111,6 +113,7 @@ class Distribution:
         self._here = Holdings()
         self._model: ModelFiles | None = None
         self._said: FilesHeld | None = None
+        self._said_at = float("-inf")
         self._news = asyncio.Event()
         self._pulling: dict[str, asyncio.Task[None]] = {}  # by name
         self._failed: dict[str, tuple[int, float]] = {}  # digest -> how often, not before
@@ -196,8 +199,14 @@ class Distribution:
             base=self._base(),
             pulls=list(self._asked.values()),
         )
-        if self._said is None or _stable(held) != _stable(self._said):
-            self._said = held
+        now = asyncio.get_running_loop().time()
+        is_due = now - self._said_at >= TELL_OTHERS_EVERY_S
+        if (
+            self._said is None
+            or _urgent(held) != _urgent(self._said)
+            or (is_due and _stable(held) != _stable(self._said))
+        ):
+            self._said, self._said_at = held, now
             self._learn(OwnFiles(held))
 
     def _pull_what_is_wanted(self) -> None:
@@ -304,6 +313,11 @@ class Distribution:
         self._asked[pull.name] = pull
         while len(self._asked) > PULLS_MAX:
             del self._asked[next(iter(self._asked))]
+
+
+def _urgent(files: FilesHeld) -> FilesHeld:
+    """Without what somebody else has said already: that this node has it, too, can wait a little."""
+    return replace(_stable(files), adapters=[held for held in files.adapters if held.is_own])
 
 
 def _stable(files: FilesHeld) -> FilesHeld:
