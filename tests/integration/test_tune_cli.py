@@ -148,6 +148,8 @@ class Shell:
         await self._client.publish(f"{self._base}/submit", json.dumps({"id": task, **body}), qos=1)
         async with asyncio.timeout(LONG_S):
             async for message in self._client.messages:
+                if not message.payload:
+                    continue  # what was retained of an earlier task is cleared
                 topic = str(message.topic).removeprefix(f"{self._base}/")
                 self.heard.setdefault(topic, []).append(json.loads(bytes(message.payload)))  # type: ignore[arg-type]
                 if topic == f"{task}/result":

@@ -92,9 +92,7 @@ class Mesh:
         )
         end = done(self.helper, f"f-{len(self.asked)}", wanted)
         assert end.state == "done" and end.output is not None
-        return FeaturesGiven(
-            task=need.task, attempt=need.attempt, round=need.round, made=end.output.features
-        )
+        return FeaturesGiven(task=need.task, attempt=need.attempt, round=need.round, made=end.output.features)
 
     def serve(self, engine: TopEngine, task: str, submit: Submit) -> Ended:
         events = engine.start(run(task, submit))
