@@ -34,7 +34,7 @@ def run(kind: str, n_train: int, store: Path, numerics: Numerics, precision: str
         list(bench.run(split, place, top_layers=_TOP_LAYERS, n_epochs=1, seed=1, evaluates=False))
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Linux counts for this program only; ``getrusage`` would start from what the parent held at the fork."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -48,4 +48,4 @@ def _peak_mb() -> float:
 
 if __name__ == "__main__":
     run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Numerics(**json.loads(sys.argv[4])), sys.argv[5])
-    print(_peak_mb())
+    print(peak_mb())
