@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from coordinator.cluster import Node, serves
+from coordinator.cluster import Node
+from coordinator.placement import has_what_it_needs, held_layers
+from coordinator.policy.work import needs_of
 from coordinator.scheduler import Mode, Scheduler
 from coordinator.task import Task
 from mesh.agreement.versions import Versions
 from mesh.core import FOREVER, Effect, Fact, Message, Send
 from mesh.ids import NodeId
-from mesh.messages import PullAdapter
+from mesh.messages import NodeInfo, PullAdapter, Submit
 from mesh.messages.files import AdapterHeld
 
 __all__ = ["Spreading", "where_to_pull"]
@@ -58,8 +60,8 @@ class Spreading:
         self._look_at = now + LOOK_EVERY_S
         effects: list[Effect] = []
         nodes = list(self._scheduler.cluster)
-        for held, model in self._waited_for(now):
-            node = where_to_pull(held, model, nodes, self._versions)
+        for held, submit in self._waited_for(now):
+            node = where_to_pull(held, submit, nodes, self._versions)
             if node is None or now < self._asked.get((node, held.digest), 0.0):
                 continue
             self._asked.pop((node, held.digest), None)
@@ -69,7 +71,7 @@ class Spreading:
             effects.append(Send(node, PullAdapter(name=held.name, digest=held.digest)))
         return effects
 
-    def _waited_for(self, now: float) -> Iterator[tuple[AdapterHeld, str | None]]:
+    def _waited_for(self, now: float) -> Iterator[tuple[AdapterHeld, Submit]]:
         """Adapters of tasks that wait and could still wait for a pull, each once."""
         seen: set[str] = set()
         for task in islice(self._scheduler.waiting(), TASKS_MAX):
@@ -80,23 +82,38 @@ class Spreading:
             newest = self._versions.newest.get(name)
             held = newest.held if newest is not None else None
             if held is not None and _has_time(task, held, now):
-                yield held, task.submit.model
+                yield held, task.submit
 
 
 def where_to_pull(
-    held: AdapterHeld, model: str | None, nodes: Iterable[Node], versions: Versions
+    held: AdapterHeld, submit: Submit, nodes: Iterable[Node], versions: Versions
 ) -> NodeId | None:
-    """The node to pull ``held``; ``None`` if one that has it is free, or none could."""
+    """The node to pull ``held`` for a task; ``None`` if one that has it is free, or none could.
+
+    A node with the top layers only is not asked: what an adapter changes may lie below them.
+    """
     able = [
         (node, node.info)
         for node in nodes
-        if node.may_start and node.info is not None and serves(node.info.model, model, node.info.also_called)
+        if node.may_start and node.info is not None and _could_run(submit, node.info)
     ]
     if any(held.name in info.adapters and _is_free(node) for node, info in able):
         return None
-    free = [node for node, info in able if held.name not in info.adapters and _is_free(node)]
+    free = [
+        node
+        for node, info in able
+        if held.name not in info.adapters and info.holds == "all" and _is_free(node)
+    ]
     fitting = [node for node in free if _base_of(node.id, versions) in _bases(held)]
     return min(fitting, key=lambda node: (_running(node), node.id)).id if fitting else None
+
+
+def _could_run(submit: Submit, info: NodeInfo) -> bool:
+    """Whether the node could run the task, if it had the adapter."""
+    adapters = [*info.adapters, submit.adapter or ""]
+    return has_what_it_needs(
+        info.node, info.model, info.also_called, adapters, needs_of(submit), held_layers(info)
+    )
 
 
 def _has_time(task: Task, held: AdapterHeld, now: float) -> bool:

@@ -84,6 +84,15 @@ def test_only_a_node_of_the_same_backbone_is_asked(base: str | None, told: list[
     assert world.asked(1.0) == told
 
 
+def test_a_node_with_the_top_layers_only_is_not_asked() -> None:
+    top = busy("b", 0)
+    assert top.info is not None
+    assert (
+        mesh(busy("a", adapters=("spam",)), replace(top, info=replace(top.info, holds="top"))).asked(1.0)
+        == []
+    )
+
+
 def test_what_could_not_arrive_before_the_deadline_is_not_pulled() -> None:
     assert mesh(busy("a", adapters=("spam",)), busy("b", 0), deadline_s=3.0).asked(1.0) == []
     assert mesh(busy("a", adapters=("spam",)), busy("b", 0), deadline_s=9.0).asked(1.0) == ["b"]
