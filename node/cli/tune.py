@@ -55,8 +55,10 @@ def _tune_options(function: F) -> F:
         click.option("--learning-rate", type=float, default=None, metavar="LR",
                      help="[default: the method's]"),
         click.option("--batch", type=int, default=16, show_default=True, metavar="N", help="Records a step."),
+        click.option("--nodes", type=int, default=1, show_default=True, metavar="N",
+                     help="Train on N nodes at once, averaged after each epoch; fewer do it in turns."),
         click.option("--seed", "train_seed", type=int, default=0, show_default=True, metavar="N",
-                     help="The same seed and data give the same adapter, to the bit."),
+                     help="The same seed, data and --nodes give the same adapter, to the bit."),
         click.option("--max-tokens", type=int, default=512, show_default=True, metavar="N",
                      help="A longer record is cut."),
         click.option("--feature-error", type=float, default=0.0, show_default=True, metavar="X",
@@ -128,6 +130,7 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
             seed=options["train_seed"],
             max_tokens=options["max_tokens"],
             feature_error=options["feature_error"],
+            nodes=_nodes(options["nodes"], data),
         )
         request = Submit(
             kind="tune",
@@ -144,6 +147,12 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
             skipped = f", {one.records.n_skipped} lines left out" if one.records.n_skipped else ""
             click.secho(f"{one.path.name}: {len(one.records.items)} records{skipped}", err=True, dim=True)
     return request
+
+
+def _nodes(given: int, data: RecordsFile) -> int:
+    if given > len(data.records.items):
+        raise ConfigError(f"{len(data.records.items)} records cannot be split among --nodes {given}")
+    return given
 
 
 def _top_layers(given: str) -> int | None:

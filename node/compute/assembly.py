@@ -35,6 +35,7 @@ from node.compute.serve.shared_prefixes import SharedPrefixes
 from node.compute.serve.tokens import Tokens
 from node.compute.tune.job import TuneJob
 from node.compute.tune.making import FeaturesJob
+from node.compute.tune.part_job import tune_job
 from node.compute.tune.source import FeatureSource, MapsFactory
 from node.compute.tune.variants import Variant, VariantJob
 
@@ -175,8 +176,9 @@ class _Jobs:
 
         def make(variant: Variant) -> TuneJob:
             left_s = None if deadline_s is None else max(0.0, deadline_s - (self._clock() - began_at))
-            return TuneJob(
+            return tune_job(
                 spec,
+                store=self._memory.store,
                 directory=self._directory,
                 digest=self._digest,
                 shelf_dir=Path(load.adapters_dir),
@@ -189,7 +191,7 @@ class _Jobs:
                 clock=self._clock,
             )
 
-        if not self._memory.store.is_linked:
+        if not self._memory.store.is_linked or spec.part is not None:  # parts are made in one form by all
             return make(Variant(_profile(own)))
         make(Variant(_profile(own))).close()  # what cannot be done is refused now
         return VariantJob(

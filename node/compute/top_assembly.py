@@ -24,7 +24,7 @@ from node.compute.serve.tokens import Tokens
 from node.compute.serve.tuning import Job
 from node.compute.top_backbone import TopBackbone
 from node.compute.top_engine import TopEngine
-from node.compute.tune.job import TuneJob
+from node.compute.tune.part_job import tune_job
 from node.compute.tune.source import FeatureSource
 from node.compute.tune.top_model import read_config, top_bytes
 
@@ -59,7 +59,10 @@ def top_engine(
 
 
 def top_rates(config: Any, top_layers: int) -> NodeRates:
-    """A guess: what is fetched of feature maps is not this node's to measure. It never writes an answer."""
+    """A guess, as nothing of it is this node's to measure: its feature maps are made elsewhere, perhaps long ago.
+
+    They count as if it made them itself, so that a job goes to a node with the whole model where one is free.
+    """
     layers = min(top_layers, config.num_hidden_layers)
     # As if all layers were as large as those here; ``guessed_rates`` knows what a device of any kind does.
     layer_bytes = top_bytes(config, 1, "classify")
@@ -69,6 +72,7 @@ def top_rates(config: Any, top_layers: int) -> NodeRates:
         prefill_tokens_per_s=through_top,
         decode_tokens_per_s=whole.decode_tokens_per_s,
         row_cost=whole.row_cost,
+        features_tokens_per_s=whole.features_tokens_per_s,
         tune_tokens_per_s=through_top * layers / min(RATED_TOP_LAYERS, layers) / TUNE_PASSES,
         adapter_load_s=whole.adapter_load_s,
         origin="guessed",
@@ -127,8 +131,9 @@ class _Parts:
         def maps(cut: int, *, error: float = 0.0, n_bytes: int = 0, codec: str | None = None) -> FeatureMaps:
             return source(cut, error=error, n_bytes=n_bytes, codec=codec or made_in)
 
-        return TuneJob(
+        return tune_job(
             tune,
+            store=self._store,
             directory=self._directory,
             digest=self._digest,
             shelf_dir=Path(load.adapters_dir),

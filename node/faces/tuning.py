@@ -65,6 +65,8 @@ def card_words(card: AdapterCard) -> str:
     if card.metric is not None:
         name = "accuracy" if card.task == "classify" else "loss"
         facts.append(f"{name} {card.metric:.3g} on the evaluation data")
+    if card.made:
+        facts.append(card.made)
     return f"adapter '{card.name}' ({', '.join(facts)})"
 
 

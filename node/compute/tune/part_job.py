@@ -5,18 +5,20 @@
     merge    ─▶ the states of the last round, averaged ─▶ evaluation ─▶ an adapter on the shelf
 
 AdamW's moments start anew in every round: they belong to a path of weights that averaging has left, and with
-them a state would be three times as large. The learning rate goes on falling over all rounds.
+them a state would be three times as large. The learning rate goes on falling over all rounds, and is as many
+times that of one node as there are parts: an epoch has so many times fewer steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from mesh.errors import ConfigError, EdgemeshError
-from mesh.messages import FeaturesHeld, Output
+from mesh.messages import FeaturesHeld, Output, TuneSpec
 from node.compute.features.codec import choose_codec
 from node.compute.tune.batches import Example, TuneTokens, encoded
 from node.compute.tune.data import records_of
@@ -25,14 +27,16 @@ from node.compute.tune.job import TuneJob, is_finite
 from node.compute.tune.parts import BlockStore, States, averaged, split
 from node.compute.tune.records import Records
 from node.compute.tune.top_model import check_cut
-from node.compute.tune.trainer import Trainer
+from node.compute.tune.trainer import Recipe, Trainer
 
-__all__ = ["OtherNumericsError", "PartJob"]
+__all__ = ["OtherNumericsError", "PartJob", "tune_job"]
 
 _STATES_WITHIN_S: Final = 20.0
 """What another node left is announced within a second or two; what has not come then is made again."""
 _ASK_AGAIN_S: Final = 0.5
 _TEXTS_PER_LOOK: Final = 16
+_RATE_FACTOR_MAX: Final = 4
+"""Measured up to 3; steps that are much longer leave the ground that gradients describe."""
 _FILL: Final = 1.0
 """Codecs are chosen as if features filled the store to so much of it: stores differ, and parts must not."""
 
@@ -44,7 +48,7 @@ class OtherNumericsError(EdgemeshError):
 class PartJob(TuneJob):
     """``store``: where states are kept and found, as feature maps are. Otherwise see ``TuneJob``."""
 
-    def __init__(self, spec: Any, *, store: BlockStore, **arguments: Any) -> None:
+    def __init__(self, spec: TuneSpec, *, store: BlockStore, **arguments: Any) -> None:
         super().__init__(spec, **arguments)
         assert spec.part is not None, "a step says which"
         self._part = spec.part
@@ -80,6 +84,10 @@ class PartJob(TuneJob):
         self._show(phase="saving", fraction=1.0)
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _recipe(self) -> Recipe:
+        recipe = super()._recipe()
+        return replace(recipe, learning_rate=recipe.learning_rate * min(self.spec.nodes, _RATE_FACTOR_MAX))
 
     def _begin(
         self, records: Records, tokens: TuneTokens, invocation: Sequence[int]
@@ -227,3 +235,8 @@ class PartJob(TuneJob):
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
     """What training changes, by the names that ``Trainer.restore`` knows; without the optimizer's moments."""
     return {name: t for name, t in trainer.tensors().items() if name.startswith("weight.")}
+
+
+def tune_job(spec: TuneSpec, *, store: BlockStore, **arguments: Any) -> TuneJob:
+    """The job that does what ``spec`` asks: all of it, or its part. ``arguments``: see ``TuneJob``."""
+    return TuneJob(spec, **arguments) if spec.part is None else PartJob(spec, store=store, **arguments)
