@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import subprocess
@@ -187,3 +188,42 @@ def test_listing_models_imports_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ── from other nodes ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_of_the_mesh_has_a_name_and_no_registry_to_fall_back_on(tmp_path: Path) -> None:
+    source = resolve("mesh:tiny")
+    assert (source.kind, source.name, source.path) == ("mesh", "tiny", None)
+    assert source.slug != resolve("mesh:Tiny").slug, "names of the mesh stay apart"
+    with pytest.raises(UnreachableError, match="edgemesh nodes"):
+        prepare(source, tmp_path / "models", write_model, nothing)
+    for name in ("mesh:", "mesh:" + "x" * 300):
+        with pytest.raises(ConfigError):
+            resolve(name)
+
+
+def test_what_peers_brought_is_taken_if_its_weights_are_those_offered(tmp_path: Path) -> None:
+    source, models_dir, partial = resolve("org/tiny"), tmp_path / "models", tmp_path / "models" / ".partial"
+    write = hashlib.sha256(b"weights of ?").hexdigest()
+    partial.mkdir(parents=True)
+    assert not models.adopt(source, models_dir, partial, write), "no weights at all"
+    write_model(source, None, partial, nothing)
+    assert not models.adopt(source, models_dir, partial, "0" * 64)
+    assert not (models_dir / source.slug).exists() and (partial / "config.json").exists()
+    assert models.adopt(source, models_dir, partial, write)
+    manifest = read_manifest(models_dir / source.slug)
+    assert manifest is not None and manifest.weights_sha256 == write
+    directory, same = prepare(source, models_dir, write_model, nothing)
+    assert (directory, same) == (models_dir / source.slug, manifest), "nothing is fetched or converted again"
+
+
+def test_what_peers_brought_never_replaces_what_is_here(tmp_path: Path) -> None:
+    source, models_dir = resolve("org/tiny"), tmp_path / "models"
+    _, here = prepare(source, models_dir, write_model, nothing)
+    partial = tmp_path / "models" / ".late"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"other")
+    assert models.adopt(source, models_dir, partial, hashlib.sha256(b"other").hexdigest())
+    assert read_manifest(models_dir / source.slug) == here
