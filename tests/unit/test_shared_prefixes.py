@@ -294,6 +294,21 @@ def test_what_would_take_longer_than_reading_is_read_here(world: World) -> None:
         assert not mesh.wanted
 
 
+def test_what_is_on_its_way_takes_half_of_the_memory_for_prefixes_at_most(world: World) -> None:
+    mesh, text, other = Mesh(), prompt(world, 1, 400), prompt(world, 2, 400)
+    read(world, mesh, text)
+    read(world, mesh, other)
+    for budget_bytes in (100_000, 1_000_000, 1_500_000, 3_000_000):
+        mesh.wanted.clear()
+        engine = engine_of(world, mesh)
+        assert engine.prefixes is not None
+        engine.prefixes.budget_bytes = budget_bytes
+        drive(engine, {"a": asked(text + "what?"), "b": asked(other + "what?")})
+        wanted_bytes = sum(mesh.entries[key].encoded.n_bytes for keys in mesh.wanted for key in keys)
+        assert wanted_bytes <= budget_bytes // 2
+        assert bool(mesh.wanted) == (budget_bytes > 100_000)
+
+
 @pytest.mark.parametrize("name", ["backbone_digest", "tokenizer_digest"])
 def test_states_of_another_model_are_never_found(world: World, name: str) -> None:
     mesh, text = Mesh(), prompt(world, 1, 400)

@@ -131,9 +131,16 @@ class Beginning:
 
 
 class Arrival:
-    """Of the whole blocks that a sequence begins with."""
+    """Of the whole blocks that a sequence begins with. ``room_bytes``: what may be on its way just now."""
 
-    def __init__(self, begins: Beginning, prefixes: Prefixes, keys: PrefixKeys, costs: Costs) -> None:
+    def __init__(
+        self,
+        begins: Beginning,
+        prefixes: Prefixes,
+        keys: PrefixKeys,
+        costs: Costs,
+        room_bytes: Callable[[], int],
+    ) -> None:
         adapter = begins.adapter
         self.ids = list(begins.ids[: begins.reuse_max // BLOCK_TOKENS * BLOCK_TOKENS])
         self.is_over = False
@@ -146,6 +153,7 @@ class Arrival:
         self.n_tokens, self.n_bytes = 0, 0
         """That have come."""
         self._prefixes, self._keys, self._costs = prefixes, keys, costs
+        self._room_bytes = room_bytes
         cut = keys.n_layers if adapter is None else min(adapter.first_layer, keys.n_layers)
         top = keys.level(cut)
         self._n_known, best = prefixes.known(self.ids, adapter, len(self.ids))
@@ -164,6 +172,10 @@ class Arrival:
         self._early: list[Reading] = []
         if not levels or (len(self.ids) - best) < _BLOCKS_MIN * BLOCK_TOKENS:
             self.is_over = True
+
+    @property
+    def planned_bytes(self) -> int:
+        return self._plan.n_bytes if self._plan is not None else 0
 
     @property
     def keys(self) -> list[bytes]:
@@ -246,7 +258,7 @@ class Arrival:
         if not parts:
             return None
         n_bytes = sum(keys.bytes_of(part) for part in parts)
-        if n_bytes > self._prefixes.budget_bytes // 2:
+        if n_bytes > self._room_bytes():
             return None
         all_bytes = sum(keys.bytes_of(part) for part in self._offered if part.key in claimed)
         value = n_blocks * BLOCK_TOKENS * level / keys.n_layers - self._known_value

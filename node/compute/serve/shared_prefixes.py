@@ -100,7 +100,7 @@ class SharedPrefixes:
                 return Look()
             sequence.may_look = False
             begins = Beginning(sequence.ids, sequence.reads_as, sequence.reuse_max)
-            arrival = Arrival(begins, self._prefixes, self._keys, self._costs)
+            arrival = Arrival(begins, self._prefixes, self._keys, self._costs, self._room_bytes)
             arrival.ask(self._sources)
             if arrival.is_over:
                 return Look()
@@ -109,6 +109,11 @@ class SharedPrefixes:
         if is_alone and arrival.has_begun(SEEN_TOKENS_MIN):
             return Look(early=arrival.reading)
         return Look(waits=True)
+
+    def _room_bytes(self) -> int:
+        """What is on its way is not counted among what is kept: at most half as much as that may be."""
+        coming = sum(arrival.planned_bytes for arrival in self._arrivals.values())
+        return self._prefixes.budget_bytes // 2 - coming
 
     def _begins_alike(self, sequence: Tokens) -> Arrival | None:
         first = sequence.ids[:BLOCK_TOKENS]
