@@ -63,9 +63,10 @@ Either `prompt` or `messages` is needed; everything else has a default.
 | `deadline_s` | number | none | seconds from arrival until the *answer*; later it is worth nothing |
 | `value` | number | 1 | what an answer in time is worth, in your own unit |
 | `model`, `adapter` | string | any, none | by name; what there is stands in the nodes' `info` |
-| `kind` | string | `generate` | `generate`, `score`, `classify`, `embed` or `tune`, see *Kinds of tasks* |
+| `kind` | string | `generate` | `generate`, `score`, `classify`, `embed`, `tune` or `features`, see *Kinds of tasks* |
 | `texts` | list of strings | – | inputs of `score`, `classify`, `embed`: 1 to {texts}, {text_bytes} together |
-| `tune` | object | – | what to train, for `tune` |
+| `tune` | object | – | what to train, for `tune` and `features` |
+| `features` | object | – | how texts will be read, for `features` without `tune`: `top_layers`, `reads` (a kind) |
 | `stream` | boolean | true | whether to publish tokens and progress while they are made |
 | `reply_to` | string | none | a topic for acknowledgement and result, see *Replies* |
 | `correlation` | string | none | comes back with every reply |
@@ -81,6 +82,7 @@ An unknown field is refused by name, so a misspelling never changes what you ask
 | `classify` | `texts` and `adapter`, a classifier | `labels`, one a text; `classes` and their probabilities in `scores` |
 | `embed` | `texts` | `vectors`: a unit vector for each text |
 | `tune` | `tune` | `adapter`: name, digest, method, layers, size and metric of what was trained |
+| `features` | `tune`, or `texts` and `features` | `features`: how many tokens' feature maps the mesh now has for it, and in which numerics |
 
 `output` has no more than {numbers} numbers.
 

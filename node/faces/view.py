@@ -274,7 +274,7 @@ class ViewBuilder:
             system=info.system if info else None,
             device=info.device if info else None,
             model=info.model if info else None,
-            precision=info.precision if info else None,
+            precision=_precision_of(info) if info else None,
             precision_reason=info.precision_reason if info else None,
             adapters=tuple(info.adapters) if info else (),
             slots=info.slots if info else None,
@@ -396,6 +396,11 @@ _STATE_WORDS: dict[str, str] = {
 }
 
 _OfNode = m.NodeState | m.NodeInfo | m.NodeReport
+
+
+def _precision_of(info: m.NodeInfo) -> str | None:
+    """Of the weights; of a node that holds the upper layers only, how many: it computes as others began."""
+    return f"top {info.top_layers} layers" if info.holds == "top" else info.precision
 
 
 def _is_older(message: _OfNode, known: _OfNode | None) -> bool:
