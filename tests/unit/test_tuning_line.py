@@ -5,7 +5,7 @@ from __future__ import annotations
 from coordinator.policy.work import PATIENCE
 from mesh.errors import ConfigError
 from mesh.ids import TaskId
-from mesh.messages import AdapterCard, FeaturesHeld, Submit, TuneSpec
+from mesh.messages import AdapterCard, Output, Submit, TuneSpec
 from node.compute.messages import Ended, Progress, Run, Stop
 from node.compute.serve.tuning import Tuning, tunes
 from node.compute.tune.job import Snapshot, TuneEvent
