@@ -59,7 +59,7 @@ def top_engine(
 
 
 def top_rates(config: Any, top_layers: int) -> NodeRates:
-    """A guess, as nothing of it is this node's to measure: its feature maps are made elsewhere, perhaps long ago.
+    """A guess, as nothing of it is this node's to measure: its feature maps are made elsewhere, or long ago.
 
     They count as if it made them itself, so that a job goes to a node with the whole model where one is free.
     """
