@@ -180,7 +180,8 @@ async def remove_adapter(
     """
     async with _listening(settings, state) as (client, files):
         version = files.find(name).version
-        told = next((node for node in (*here, *sorted(files.online)) if node in files.online), None)
+        able = [node for node in sorted(files.online) if files.versions.of(node) is not None]
+        told = next((node for node in (*here, *able) if node in able), None)
         if told is None:
             raise UnreachableError("no node of the mesh is online: start one with `edgemesh join`")
         until, asked_at = time.monotonic() + SILENCE_S, 0.0
