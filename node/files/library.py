@@ -294,6 +294,12 @@ class Library:
                 if time.time() - path.stat().st_mtime > LEFT_OVER_S:
                     n_bytes += sum(file.stat().st_size for file in path.glob("*"))
                     shutil.rmtree(path, ignore_errors=True)
+        if self.home.is_dir():
+            with open_index(self.home) as index:  # a damaged one was given up: nobody knows these any more
+                known = {digest for _, digest in index.kept}
+                for path in (self.home / "versions").glob("*"):
+                    if path.name not in known:
+                        self.discard(path)
         return n_bytes
 
     def has_room(self, n_bytes: int) -> bool:

@@ -121,6 +121,17 @@ def test_a_card_from_anywhere_does_not_stop_the_node_and_is_not_passed_on(
     assert decode_json(encode_json(FilesHeld(node=NodeId("a"), incarnation=1, adapters=[held])), FilesHeld)
 
 
+def test_versions_that_a_given_up_index_knew_are_swept_away(here: Machine) -> None:
+    first = here.make("spam", b"1")
+    here.make("spam", b"2")
+    (here.library.home / "index.json").unlink()
+    again = here.restarted()
+    again.look({}, BASE)
+    again.sweep()
+    assert [path.name for path in (here.library.home / "versions").iterdir()] != []
+    assert not again.version_path(first.digest).exists() and (here.shelf / "spam").exists()
+
+
 def test_an_index_damaged_within_costs_that_version_only(here: Machine) -> None:
     here.make("spam", b"1")
     here.make("tone", b"2")
