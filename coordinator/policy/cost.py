@@ -11,10 +11,10 @@ predicts.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Final
 
 from coordinator.policy.rates import PARTS, Rates
@@ -97,6 +97,7 @@ class CostModel:
     _errors: dict[TaskKind, deque[float]] = field(
         default_factory=lambda: {kind: deque(maxlen=_ERRORS_KEPT) for kind in KINDS}
     )
+    _sorted_errors: dict[TaskKind, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     _last_errors: dict[TaskKind, PredictionError] = field(default_factory=dict)
     """Of the kinds that have learned nothing since they were asked for."""
     _answers: _Mean = field(default_factory=_Mean)
@@ -153,9 +154,11 @@ class CostModel:
 
     def errors(self) -> dict[TaskKind, PredictionError]:
         """Of each kind that was seen: p50 of ``|actual / predicted - 1|`` over the last 256 outcomes."""
-        for kind, seen in self._errors.items():
+        for kind, seen in self._sorted_errors.items():
             if seen and kind not in self._last_errors:
-                self._last_errors[kind] = PredictionError(len(seen), median(seen))
+                middle = len(seen) // 2
+                p50 = seen[middle] if len(seen) % 2 else (seen[middle - 1] + seen[middle]) / 2
+                self._last_errors[kind] = PredictionError(len(seen), p50)
         return {kind: self._last_errors[kind] for kind in self._errors if kind in self._last_errors}
 
     # ── lessons ─────────────────────────────────────────────────────────────────────────────────────
@@ -181,7 +184,7 @@ class CostModel:
             found = self.estimate(work, node, rates, reuse=reuse, far=far, rows=observed.rows)
             predicted_s = found.service_s
         self._last_errors.pop(work.kind, None)
-        self._errors[work.kind].append(abs(actual_s / max(predicted_s, _LEAST_S) - 1))
+        self._note_error(work.kind, abs(actual_s / max(predicted_s, _LEAST_S) - 1))
         ratio = actual_s / max(_rated_s(work, rates, observed, reuse, far), _LEAST_S)
         key = (work.kind, node)
         if key not in self._by_node:
@@ -190,6 +193,13 @@ class CostModel:
             self._by_node[key] = _Mean()
         self._by_node[key].take(ratio)
         self._by_kind[work.kind].take(ratio)
+
+    def _note_error(self, kind: TaskKind, error: float) -> None:
+        errors, in_order = self._errors[kind], self._sorted_errors[kind]
+        if len(errors) == _ERRORS_KEPT:
+            del in_order[bisect_left(in_order, errors[0])]
+        errors.append(error)
+        insort(in_order, error)
 
     def learn_answer(self, *, max_tokens: int, n_tokens: int) -> None:
         """An answer that was allowed ``max_tokens`` took ``n_tokens``."""

@@ -74,6 +74,10 @@ class JobTable:
     def numbers(self, name: str) -> NDArray[np.intp]:
         return self._numbers[_NUMBER_AT[name], : len(self.jobs)]
 
+    def all_numbers(self, rows: NDArray[np.intp] | slice) -> NDArray[np.intp]:
+        """(3, n) Numbers of kind, needs and reuse of some rows."""
+        return self._numbers[:, : len(self.jobs)][:, rows]
+
     @property
     def kept(self) -> NDArray[np.bool_]:
         """(n,) What the policy last let start, see ``Policy.keeps``; new rows are let."""

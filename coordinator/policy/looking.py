@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.policy.density import Floats, age_factor
+from coordinator.policy.few import are_few, few_prices, few_starts
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.policies import Policy, Scene
-from coordinator.policy.pricing import Prices, Rows, prices
+from coordinator.policy.pricing import CERTAIN, Prices, Rows, prices
 from coordinator.policy.recent import RecentTasks
 from coordinator.policy.work import KINDS, PATIENCE
 
@@ -23,18 +24,25 @@ _EVERYTHING = slice(None)
 
 @dataclass(slots=True)
 class Look:
-    scene: Scene
-    """As it was before anything started."""
+    nodes: NDArray[np.intp]
+    """(m,) Of which nodes."""
+    value: Floats
+    """(n,) As in ``Scene``."""
+    mean_s: Floats
+    """(m,) As in ``Scene``, before anything started."""
     scores: Floats
     """(n, m) The policy's, ``-inf`` where the task must not start."""
     cost_s: Floats
     finish_s: Floats
     """(n, m) As in ``Scene``."""
+    may_start: bool
+    """Whether any score is above ``-inf``."""
 
     def renew(self, column: int, again: Look) -> None:
         """One node's column is looked at ``again``, because something has started there."""
         if self.cost_s is self.finish_s:
             self.cost_s = self.cost_s.copy()
+        self.may_start |= again.may_start
         self.scores[:, column] = again.scores[:, 0]
         self.cost_s[:, column] = again.cost_s[:, 0]
         self.finish_s[:, column] = again.finish_s[:, 0]
@@ -50,29 +58,39 @@ def look(
     rows: Rows = _EVERYTHING,
     columns: NDArray[np.intp],
     mean_s: Floats | None = None,
-    wait_s: float = 0.0,
 ) -> Look:
     """Score the tasks ``rows`` (n) on the nodes ``columns`` (m).
 
     Args:
         mean_s: (m,) The yardstick of slack; ``None``: the mean of these tasks.
-        wait_s: A start now is one after so many seconds (a chunk has to end first).
     """
-    priced = prices(jobs, nodes, rows, columns, now)
-    if wait_s:
-        priced = Prices(priced.cost_s, priced.finish_s + wait_s, priced.is_known)
-    mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
-    scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s, recent)
-    allowed = _allowed(policy, jobs, nodes, rows, scene, priced)
+    places: list[int] = columns.tolist()
+    if are_few(jobs, nodes, len(jobs) if isinstance(rows, slice) else len(rows), places):
+        finish_s = few_prices(jobs, nodes, rows, places)
+        starts = few_starts(policy, jobs, nodes, now, rows, columns, finish_s)
+        alone_s = np.array(finish_s)
+        priced = Prices(alone_s, alone_s, CERTAIN)
+        mean_s = _mean(alone_s) if mean_s is None else np.atleast_1d(mean_s)
+        if not any(map(any, starts)):
+            scores = np.full(alone_s.shape, -np.inf)
+            return Look(columns, jobs.columns(rows)[0], mean_s, scores, alone_s, alone_s, False)
+        scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s, recent)
+        allowed, may_start = np.array(starts), True
+    else:
+        priced = prices(jobs, nodes, rows, columns, now)
+        mean_s = _mean(priced.cost_s) if mean_s is None else np.atleast_1d(mean_s)
+        scene = _scene(jobs, nodes, now, rows, columns, priced, mean_s, recent)
+        allowed = _allowed(policy, jobs, nodes, rows, scene, priced)
+        may_start = bool(allowed.any())
     # Most looks find that nothing may start: then there is nothing to put in order.
-    scores = np.where(allowed, policy.score(scene) if allowed.any() else -np.inf, -np.inf)
-    return Look(scene, scores, priced.cost_s, priced.finish_s)
+    scores = np.where(allowed, policy.score(scene) if may_start else -np.inf, -np.inf)
+    return Look(columns, scene.value, mean_s, scores, priced.cost_s, priced.finish_s, may_start)
 
 
 def overview(jobs: JobTable, nodes: NodeTable, now: float, recent: RecentTasks) -> Scene:
     """All waiting tasks, each on its best node alone: n rows, one column that is no node's."""
     best_s = jobs.column("best_s")[:, None]
-    priced = Prices(best_s, best_s, np.ones((1, 1), np.bool_))
+    priced = Prices(best_s, best_s, CERTAIN)
     return _scene(jobs, nodes, now, _EVERYTHING, np.zeros(0, np.intp), priced, _mean(best_s), recent)
 
 

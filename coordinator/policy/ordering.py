@@ -42,7 +42,7 @@ def blocks(
     for at in range(0, n, size):
         rows = order[at : at + size]
         seen = look(policy, jobs, nodes, now, recent, rows=rows, columns=open_nodes, mean_s=mean_s)
-        mean_s = seen.scene.mean_s
+        mean_s = seen.mean_s
         yield rows, seen
 
 
@@ -82,4 +82,4 @@ def column_for(nodes: NodeTable, seen: Look, index: int, place: Literal["first_e
     ties: list[int] = (keys == best).nonzero()[0].tolist()
     if len(ties) == 1:
         return column
-    return min(ties, key=lambda column: nodes.ids[seen.scene.open_nodes[column]])
+    return min(ties, key=lambda column: nodes.ids[seen.nodes[column]])

@@ -7,7 +7,7 @@ ties, capacity, deadlines (``drop``), giving way (``chunk``, ``preempt``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,16 +18,27 @@ from numpy.typing import NDArray
 
 from coordinator.policy.cost import PredictionError
 from coordinator.policy.density import Floats, laxity_s, slack_discount, value_density
-from coordinator.policy.foresight import expected, kept, worth
+from coordinator.policy.foresight import (
+    RecentTask,
+    expected,
+    expected_soon,
+    kept,
+    kept_of_few,
+    mean_of,
+    worth,
+)
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "Policy", "Recent", "Scene", "policy_named"]
 
 Bools = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # frozen, it would take as long to make as to score two tasks
 class Scene:
-    """What one decision is made from, during it. n waiting tasks, m nodes with room, M nodes in all."""
+    """What one decision is made from, during it; not to be changed.
+
+    n waiting tasks, m nodes with room, M nodes in all.
+    """
 
     now: float
     value: Floats
@@ -64,7 +75,7 @@ class Scene:
         return laxity_s(self.deadline_at[:, None], self.now, self.finish_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recent:
     """The last tasks with a deadline, oldest first; every array is (h,)."""
 
@@ -73,6 +84,13 @@ class Recent:
     value: Floats
     best_s: Floats
     """As estimated when the task came."""
+    in_order: Sequence[RecentTask] | None = None
+    """The same, sorted; ``None``: not at hand."""
+
+    @cached_property
+    def mean_value(self) -> float | None:
+        """``None`` if there are none."""
+        return mean_of(self.value)
 
 
 Score = Callable[[Scene], Floats]
@@ -153,6 +171,8 @@ PROMISE: Final = 1.0
 """What keeping a deadline is worth in itself, in mean values; see docs/adr/0015 for what others measured."""
 FORESIGHT_K: Final = 0.5
 """Shorter than ``SLACK_K``: what the plan keeps has its time reserved and may wait for it."""
+_FEW_MAX: Final = 32
+"""Tasks that wait, and tasks that are expected, as many as plain numbers are faster for than arrays."""
 FORESIGHT_MARGIN: Final = 1.2
 """At first and at most, then by the errors made: those of 30 % (log-normal) have a median of 20 %."""
 
@@ -176,24 +196,30 @@ def margin_after(most: float, errors: Iterable[PredictionError]) -> float:
 
 def foresight(scene: Scene) -> Floats:
     """The slack-discounted density of what is kept by ``foresees``, keeping a promise counted as value."""
-    worths = worth(scene.value, scene.recent().value, PROMISE)
+    worths = worth(scene.value, scene.recent().mean_value, PROMISE)
     density = value_density(worths[:, None], scene.cost_s)
     return density * slack_discount(scene.laxity_s, scene.mean_s, FORESIGHT_K)
 
 
 def foresees(scene: Scene) -> Bools:
     """(n,) What is in a plan over the waiting and the expected tasks."""
-    recent = scene.recent()
+    recent, pool, due_in_s = scene.recent(), _pool(scene), _due_in_s(scene)
+    worths = worth(scene.value, recent.mean_value, PROMISE)
+    if 0 < len(worths) <= _FEW_MAX and recent.in_order is not None:
+        soon = expected_soon(scene.now, recent.in_order, float(due_in_s.max()), _FEW_MAX)
+        if soon is not None:
+            more = PROMISE * (recent.mean_value or 0.0)
+            ahead_few = [(value + more, work_s, due_s) for value, work_s, due_s in soon]
+            plan = kept_of_few(worths.tolist(), scene.best_s.tolist(), due_in_s.tolist(), ahead_few, pool)
+            return np.array(plan)
     ahead = expected(
         scene.now,
         recent.arrived_at,
         recent.deadline_at,
-        worth(recent.value, recent.value, PROMISE),
+        worth(recent.value, recent.mean_value, PROMISE),
         recent.best_s,
     )
-    return kept(
-        worth(scene.value, recent.value, PROMISE), scene.best_s, _due_in_s(scene), ahead, _pool(scene)
-    )
+    return kept(worths, scene.best_s, due_in_s, ahead, pool)
 
 
 def fits(scene: Scene) -> Bools:
@@ -205,6 +231,8 @@ def fits(scene: Scene) -> Bools:
 def _due_in_s(scene: Scene) -> Floats:
     """A virtual deadline that has passed is one as soon as possible: age has made such a task dense."""
     due_in_s = scene.deadline_at - scene.now
+    if not scene.is_virtual.any():
+        return due_in_s
     soon_s = scene.room_in_s().max(initial=0.0) + scene.best_s
     return np.where(scene.is_virtual, np.maximum(due_in_s, soon_s), due_in_s)
 

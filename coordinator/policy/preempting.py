@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.policy.density import Floats, laxity_s, slack_discount, value_density
+from coordinator.policy.few import few_prices
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable, Running
 from coordinator.policy.policies import SLACK_K
 from coordinator.policy.pricing import prices
 
 __all__ = ["Pairs", "may_preempt"]
+
+_FEW_MAX: Final = 16
 
 
 def may_preempt(
@@ -68,6 +72,8 @@ class Pairs:
         """
         if not len(rows):
             return cls(runners, [], {}, {})
+        if _is_never(jobs, nodes, rows, runners, now, margin=margin, only_late=only_late):
+            return cls(runners, [], {}, {})
         columns = np.array([nodes.row(runner.node) for runner in runners])
         priced = prices(jobs, nodes, rows, columns, now, n_away=1)  # (k, r)
         deadline_in_s = (jobs.column("deadline_at")[rows] - now)[:, None]
@@ -101,3 +107,33 @@ class Pairs:
         """Runners the newcomer may go before, with the seconds it would take in each one's place."""
         for index in map(int, np.flatnonzero(self._may[row])):
             yield float(self._finish_s[row][index]), self.runners[index]
+
+
+def _is_never(
+    jobs: JobTable,
+    nodes: NodeTable,
+    rows: NDArray[np.intp],
+    runners: Sequence[Running],
+    now: float,
+    *,
+    margin: float,
+    only_late: bool,
+) -> bool:
+    """Whether no pair of these few keeps both deadlines, the common case, in plain numbers: what
+    ``Pairs.found`` asks first, to the last bit. ``False`` also where there are many, or others on a runner's
+    node."""
+    places = [nodes.row(runner.node) for runner in runners]
+    if len(rows) * len(places) > _FEW_MAX or not nodes.has_everything or jobs.n_fetching:
+        return False
+    if any(nodes.is_shared.item(node) or nodes.n_rows.item(node) > 1 for node in places):
+        return False
+    finish_s = few_prices(jobs, nodes, rows, places)
+    deadlines_at = jobs.column("deadline_at")[rows].tolist()
+    for column, runner in enumerate(runners):
+        after_s, runner_deadline_in_s = margin * runner.left_s(now), runner.job.deadline_at - now
+        for index, deadline_at in enumerate(deadlines_at):
+            ends_s, deadline_in_s = margin * finish_s[index][column], deadline_at - now
+            is_in_time = ends_s <= deadline_in_s and ends_s + after_s <= runner_deadline_in_s
+            if is_in_time and not (only_late and ends_s + after_s <= deadline_in_s):
+                return False
+    return True

@@ -6,6 +6,7 @@ in the same way wherever it stands, so equal tasks get equal scores and ties are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,19 +18,22 @@ from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.rates import PARTS
 
-__all__ = ["Prices", "Rows", "all_fastest_s", "fastest_s", "prices"]
+__all__ = ["CERTAIN", "Prices", "Rows", "all_fastest_s", "fastest_s", "price_alone", "prices"]
 
 _SPARED: Final = (PARTS.index("adapter_load"), PARTS.index("features"))
 _DECODE: Final = PARTS.index("decode")
 _PREFILL, _TUNE, _FETCH = PARTS.index("prefill"), PARTS.index("tune"), PARTS.index("fetch")
 _LEAST_S: Final = 1e-6
 _EVERYBODY: Final = 1_000_000
-_CERTAIN: Final = np.ones((1, 1), np.bool_)
+_FEW_NODES: Final = 8
+"""As many as plain numbers are faster for than arrays."""
+CERTAIN: Final = np.ones((1, 1), np.bool_)
+"""``Prices.is_known`` where no estimate is a guess."""
 
 Rows = NDArray[np.intp] | slice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prices:
     """Of n tasks on m nodes."""
 
@@ -92,7 +96,7 @@ def prices(
         cost_s = np.maximum((fixed + marginal) * correction, _LEAST_S)
     if not nodes.has_everything:
         finish_s = np.where(nodes.has[:, columns][jobs.numbers("needs")[rows]], finish_s, np.inf)
-    is_known = _CERTAIN if nodes.knows_everything else nodes.is_known[:, columns][kinds]
+    is_known = CERTAIN if nodes.knows_everything else nodes.is_known[:, columns][kinds]
     return Prices(cost_s, finish_s, is_known)
 
 
@@ -127,11 +131,24 @@ def _prices_on_one(
         cost_s = np.maximum((fixed + decode * row_cost) * correction, _LEAST_S)
     if not nodes.has_everything:
         finish_s = np.where(nodes.has[:, node][jobs.numbers("needs")[rows]], finish_s, np.inf)
-    is_known = _CERTAIN if nodes.knows_everything else nodes.is_known[:, node][kinds][:, None]
+    is_known = CERTAIN if nodes.knows_everything else nodes.is_known[:, node][kinds][:, None]
     if cost_s is finish_s:
         cost_s = finish_s = finish_s[:, None]
         return Prices(cost_s, finish_s, is_known)
     return Prices(cost_s[:, None], finish_s[:, None], is_known)
+
+
+def price_alone(amounts: Sequence[float], unit_s: Sequence[float], left: float, correction: float) -> float:
+    """``prices`` of one task on one node where nobody runs, in plain numbers; the same to the last bit.
+
+    Args:
+        amounts: By part, nothing to be fetched.
+        left: Share of what reuse may spare that it does not.
+    """
+    first, second = _SPARED
+    fixed = amounts[_PREFILL] * unit_s[_PREFILL] + amounts[_TUNE] * unit_s[_TUNE]
+    fixed = fixed + (amounts[first] * unit_s[first] + amounts[second] * unit_s[second]) * left
+    return max((fixed + amounts[_DECODE] * unit_s[_DECODE]) * correction, _LEAST_S)
 
 
 def all_fastest_s(jobs: JobTable, nodes: NodeTable) -> tuple[Floats, Floats]:
@@ -157,6 +174,8 @@ def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]
     """
     if not len(nodes):
         return 0.0, 0.0
+    if len(nodes) <= _FEW_NODES and nodes.has_everything and nodes.knows_everything and not jobs.n_fetching:
+        return (_fastest_of_few_s(jobs, nodes, row),) * 2
     service_s = np.zeros(len(nodes))
     reuse = jobs.numbers("reuse")[row]
     left = 1.0 - nodes.warm[reuse] if jobs.n_spared else None
@@ -179,3 +198,20 @@ def fastest_s(jobs: JobTable, nodes: NodeTable, row: int) -> tuple[float, float]
         return best_s, best_s
     is_guess = ~nodes.is_known[kind] & (service_s < np.inf)
     return best_s, 0.0 if is_guess.any() else best_s
+
+
+def _fastest_of_few_s(jobs: JobTable, nodes: NodeTable, row: int) -> float:
+    """``fastest_s`` where nothing is a guess or missing, in plain numbers; the same to the last bit."""
+    kind, _, reuse = jobs.all_numbers(slice(row, row + 1))[:, 0].tolist()
+    amounts = jobs.amounts[:, row].tolist()
+    some = [(part, amount) for part, amount in enumerate(amounts) if amount]
+    corrections = nodes.corrections[kind].tolist()
+    warm = nodes.warm[reuse].tolist() if jobs.n_spared else None
+    best_s = np.inf
+    for node, unit_s in enumerate(nodes.unit_s.T.tolist()):
+        service_s = 0.0
+        for part, amount in some:
+            part_s = amount * unit_s[part]
+            service_s += part_s if warm is None or part not in _SPARED else part_s * (1.0 - warm[node])
+        best_s = min(best_s, max(service_s * corrections[node], _LEAST_S))
+    return best_s

@@ -16,6 +16,7 @@ from coordinator.policy.nodes import Running
 from coordinator.policy.ordering import blocks, column_for, first_of, in_order
 from coordinator.policy.policies import Policy
 from coordinator.policy.pricing import Rows
+from mesh.core import FOREVER
 
 __all__ = ["fill", "look_at", "start"]
 
@@ -29,8 +30,9 @@ def fill(books: Books, policy: Policy, now: float) -> list[Decision]:
         return _fill_one(books, policy, now, open_nodes)
     started: list[Start] = []
     for rows, seen in blocks(policy, books.jobs, books.nodes, now, books.recent, open_nodes):
-        books.mean_s = float(seen.scene.mean_s.mean())
-        started += _place(books, policy, rows, seen, now)
+        books.mean_s = float(seen.mean_s.mean())
+        if seen.may_start:
+            started += _place(books, policy, rows, seen, now)
         if not books.nodes.has_room[open_nodes].any():
             break
     for begun in started:
@@ -52,9 +54,9 @@ def _place(books: Books, policy: Policy, rows: NDArray[np.intp], seen: Look, now
             order = order[(seen.scores[order] > -np.inf).any(axis=1)]
             continue
         started.append(start(books, policy, int(rows[index]), seen, index, column, now))
-        node = seen.scene.open_nodes[column : column + 1]
+        node = seen.nodes[column : column + 1]
         if books.nodes.has_room[node[0]]:  # the next one joins what has just started
-            seen.renew(column, look_at(books, policy, now, node, rows=rows, mean_s=seen.scene.mean_s[column]))
+            seen.renew(column, look_at(books, policy, now, node, rows=rows, mean_s=seen.mean_s[column]))
         else:
             seen.scores[:, column] = -np.inf
     return started
@@ -65,9 +67,8 @@ def _fill_one(books: Books, policy: Policy, now: float, open_nodes: NDArray[np.i
     started: list[Decision] = []
     while len(books.jobs) and books.nodes.has_room[open_nodes[0]]:
         seen = look_at(books, policy, now, open_nodes)
-        books.mean_s = float(seen.scene.mean_s[0])
-        scores = seen.scores[:, 0]
-        row = first_of(books.jobs, scores)
+        books.mean_s = float(seen.mean_s[0])
+        row = first_of(books.jobs, seen.scores[:, 0]) if seen.may_start else None
         if row is None:
             break
         begun = start(books, policy, row, seen, row, 0, now)
@@ -101,16 +102,15 @@ def start(
     after: Running | None = None,
 ) -> Start:
     """Put the task of ``row`` on a node. It is still in the table of who waits."""
-    job, node = books.jobs.jobs[row], int(seen.scene.open_nodes[column])
-    scene = seen.scene
+    job, node = books.jobs.jobs[row], int(seen.nodes[column])
     cost_s, service_s = float(seen.cost_s[index, column]), float(seen.finish_s[index, column])
     why = Why(
         at=now,
         policy=policy.name,
         words="",
         score=float(seen.scores[index, column]),
-        density=float(scene.value[index]) / cost_s,
-        laxity_s=None if scene.is_virtual[index] else job.deadline_at - now - service_s,
+        density=float(seen.value[index]) / cost_s,
+        laxity_s=None if job.deadline_at == FOREVER else job.deadline_at - now - service_s,
         cost_s=cost_s,
         service_s=service_s,
         n_waiting=len(books.jobs) - 1,

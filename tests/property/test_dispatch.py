@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.policy import dispatch, looking, ordering, starting
+from coordinator.policy import dispatch, few, looking, ordering, starting
 from coordinator.policy.books import Books
 from coordinator.policy.cost import CostModel, Observed
 from coordinator.policy.decisions import Drop, Job, NodeView, Pause, Resume, Start
@@ -386,6 +386,10 @@ def plant_late_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(replace(policy, drop=False), *rest)
 
     monkeypatch.setattr(looking, "_allowed", allowed)
+    few_starts = few.few_starts
+    monkeypatch.setattr(
+        looking, "few_starts", lambda policy, *rest: few_starts(replace(policy, drop=False), *rest)
+    )
 
 
 def plant_double_starts(monkeypatch: pytest.MonkeyPatch) -> None:

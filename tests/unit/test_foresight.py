@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.policy.cost import PredictionError
-from coordinator.policy.foresight import capacity_s, expected, kept, worth
+from coordinator.policy.foresight import capacity_s, expected, kept, mean_of, worth
 from coordinator.policy.policies import margin_after
 
 NOBODY = (np.zeros(0), np.zeros(0), np.zeros(0))
@@ -75,7 +75,7 @@ def test_the_past_comes_again_in_the_mirror() -> None:
 def test_a_promise_is_worth_the_mean_value_of_recent_tasks(
     value: list[float], recent: list[float], worths: list[float]
 ) -> None:
-    assert worth(np.array(value), np.array(recent), 1.0).tolist() == worths
+    assert worth(np.array(value), mean_of(np.array(recent)), 1.0).tolist() == worths
 
 
 @given(tasks, tasks, st.lists(st.tuples(numbers, numbers), min_size=1, max_size=3))
