@@ -29,7 +29,7 @@ Share = tuple[float, float]
 _WARM_MAX = 16
 """Adapters or sets of features a node is believed to have from earlier work: the latest."""
 _DECODE = PARTS.index("decode")
-_OF_WHAT_RUNS = ("has_room", "has_tune_room", "free_at", "n_yielding", "batch_share", "is_shared")
+_BY_NODE = ("has_room", "has_tune_room", "free_at", "n_yielding", "batch_share", "is_ready", "is_shared")
 _LEAST_S = 1e-6
 _FETCH = PARTS.index("fetch")  # the last part
 _LEFT_LEAST = 0.05
@@ -134,8 +134,8 @@ class NodeTable:
         self.corrections: Floats = np.zeros((len(KINDS), 0))
         self.is_known: NDArray[np.bool_] = np.zeros((len(KINDS), 0), np.bool_)
         self.batch_share: Floats = np.zeros(0)
-        """Node seconds of a step in a full batch for each row, against a step alone; infinite for a node that
-        is not ready."""
+        """Node seconds of a step in a full batch for each row, against a step alone."""
+        self.is_ready: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.n_rows: Floats = np.zeros(0)
         """Answers that share steps on each node, paused ones apart."""
         self.is_shared: NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -189,7 +189,7 @@ class NodeTable:
             self._slots.append(_Slots(view))
             for name in ("unit_s", "row_cost", "corrections", "is_known", "n_rows", "has", "warm", "far"):
                 setattr(self, name, _wider(getattr(self, name)))
-            for name in _OF_WHAT_RUNS:
+            for name in _BY_NODE:
                 setattr(self, name, _wider(getattr(self, name)))
             is_same_work = False
         else:
@@ -200,8 +200,9 @@ class NodeTable:
         self._slots[row].view = view
         self.unit_s[:, row] = view.rates.unit_s
         self.row_cost[row] = view.rates.row_cost
-        share = step_share(view.slots, view.rates.row_cost) / view.slots if view.slots else FOREVER
-        self.batch_share[row] = share if view.is_ready else FOREVER
+        n = max(1, view.slots)
+        self.batch_share[row] = step_share(n, view.rates.row_cost) / n
+        self.is_ready[row] = view.is_ready and view.slots > 0
         for needs, number in self.needs.items():
             self.has[number, row] = view.has(needs)
         for reuse, number in self.reuses.items():
@@ -220,7 +221,7 @@ class NodeTable:
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm", "far"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
-        for name in ("row_cost", "n_rows", *_OF_WHAT_RUNS):
+        for name in ("row_cost", "n_rows", *_BY_NODE):
             setattr(self, name, np.delete(getattr(self, name), row))
         self._row = {name: at for at, name in enumerate(self.ids)}
         self._look_over()
@@ -448,7 +449,9 @@ class NodeTable:
         # What could be fetched could be computed: it counts once.
         alone_s = np.maximum(amounts[:_FETCH] @ self.unit_s[:_FETCH] * self.corrections[0], _LEAST_S)
         answers_s = amounts[_DECODE] * self.unit_s[_DECODE] * self.corrections[0]
-        capacity: Floats = alone_s.min() / (alone_s - answers_s + answers_s * self.batch_share)
+        capacity: Floats = (
+            alone_s.min() / (alone_s - answers_s + answers_s * self.batch_share) * self.is_ready
+        )
         return capacity
 
     def _set_warm(self, name: str, row: int, share: float) -> None:
