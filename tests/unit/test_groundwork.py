@@ -11,11 +11,12 @@ import pytest
 from coordinator.ahead import AheadConfig
 from coordinator.facts import FeaturesNeeded
 from coordinator.scheduler import SchedulerConfig
-from mesh.ids import NodeId, TaskId
+from mesh.ids import Epoch, NodeId, TaskId
 from mesh.messages import (
     Assign,
     CancelTask,
     FeaturesHeld,
+    FeaturesReady,
     FeaturesSpec,
     FeaturesWanted,
     NodeInfo,
@@ -184,6 +185,20 @@ def test_who_is_not_the_jobs_worker_asks_in_vain() -> None:
     world._feed(boss, lambda h: h.stack.receive(wanted, NodeId("liar"), world.now))
     world.run(2.0)
     assert not made(world)
+
+
+def test_the_word_of_a_coordinator_that_is_over_is_not_believed() -> None:
+    world = world_of(top("weak"), info("boss", slots=0), coordinator="boss")
+    weak_job(world)
+    world.service_s = 100.0
+    world.start("strong").run(0.5)
+    needs(world, "weak", "job")
+    weak = world.hosts[NodeId("weak")]
+    stale = FeaturesReady(epoch=Epoch(0, NodeId("old")), task=TaskId("job"), attempt=1, round=0, made=HELD)
+    world._feed(weak, lambda h: h.stack.receive(stale, NodeId("old"), world.now))
+    other_round = replace(stale, epoch=Epoch(world.term, NodeId("boss")), round=3)
+    world._feed(weak, lambda h: h.stack.receive(other_round, NodeId("boss"), world.now))
+    assert not world.arrived
 
 
 # ── ahead of need ───────────────────────────────────────────────────────────────────────────────────
