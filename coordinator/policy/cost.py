@@ -22,7 +22,7 @@ from coordinator.policy.work import BYTES_PER_TOKEN, KINDS, Work
 from mesh.ids import NodeId
 from mesh.messages.task import TaskKind
 
-__all__ = ["CostModel", "Estimate", "Observed", "PredictionError", "amounts_of", "step_share"]
+__all__ = ["CostModel", "Estimate", "Observed", "PredictionError", "amounts_of", "parts_of", "step_share"]
 
 # One surprise moves the correction by a fifth, ten of the same kind by nine tenths of the way.
 _WEIGHT_LEAST: Final = 0.2
@@ -123,10 +123,7 @@ class CostModel:
             rows: Attempts in the node's batch, this one included.
         """
         correction = self.correction(work.kind, node)
-        amounts = amounts_of(work, reuse=reuse, far=far)
-        seconds = [amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True)]
-        seconds[_DECODE] *= step_share(rows, rates.row_cost)
-        parts = {name: part_s * correction for name, part_s in zip(PARTS, seconds, strict=True)}
+        parts = parts_of(work, rates, correction, reuse, far, rows=rows)
         return Estimate(
             service_s=max(sum(parts.values()), _LEAST_S),
             parts=parts,
@@ -177,7 +174,8 @@ class CostModel:
         """Take in how one attempt went.
 
         The rates are corrected by what the attempt turned out to be (its real counts of tokens, its company
-        in the batch); the error is that of ``predicted_s``, made at its start and revised when others joined it.
+        in the batch); the error is that of ``predicted_s``, made at its start and revised when others joined
+        it.
         """
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:
@@ -214,6 +212,16 @@ class CostModel:
         """The node left for good, or measured itself anew."""
         for kind in KINDS:
             self._by_node.pop((kind, node), None)
+
+
+def parts_of(
+    work: Work, rates: Rates, correction: float, reuse: float, far: float, *, rows: float
+) -> dict[str, float]:
+    """Seconds by part, corrected, as in ``Estimate.parts``."""
+    amounts = amounts_of(work, reuse=reuse, far=far)
+    seconds = [amount * unit_s for amount, unit_s in zip(amounts, rates.unit_s, strict=True)]
+    seconds[_DECODE] *= step_share(rows, rates.row_cost)
+    return {name: part_s * correction for name, part_s in zip(PARTS, seconds, strict=True)}
 
 
 def amounts_of(work: Work, *, reuse: float = 0.0, far: float = 0.0) -> tuple[float, ...]:

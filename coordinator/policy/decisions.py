@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.policy.rates import Rates
@@ -100,7 +100,7 @@ class Why:
     service_s: float
     """Expected from start to end."""
     n_waiting: int
-    candidates: tuple[Candidate, ...] = ()
+    candidates: Sequence[Candidate] = ()
     """At most 8, the taken one first, then by expected end."""
     n_candidates: int = 0
 

@@ -87,7 +87,9 @@ def prices(
         row_cost = nodes.row_cost[columns]
         steps = decode * (1.0 + np.maximum(n_others, 0.0) * row_cost)
         finish_s = np.maximum((fixed + steps) * correction, _LEAST_S)
-        for at, node in enumerate(np.arange(len(nodes))[columns].tolist()):
+        places = np.arange(len(nodes))[columns]
+        for at in nodes.is_shared[columns].nonzero()[0].tolist():
+            node = int(places[at])
             if (company := nodes.company(node, now)) is not None:
                 factor = correction[:, at]
                 finish_s[:, at] += company.extra_s(fixed[:, at] * factor, steps[:, at] * factor)

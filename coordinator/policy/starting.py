@@ -117,8 +117,9 @@ def start(
     )
     if books.config.explain:
         found = candidates_of(books.jobs, books.nodes, books.cost, row, node, now)
-        why = replace(why, candidates=found, n_candidates=len(books.nodes))
-        why = replace(why, words=sentence(why, books.nodes.ids[node], after))
+        features = found[0].features if job.work.n_feature_bytes else None
+        words = sentence(why, books.nodes.ids[node], after, features)
+        why = replace(why, candidates=found, n_candidates=len(books.nodes), words=words)
     books.run(job, node, now, expected_s=why.service_s)
     books.nodes.joined(node, job.task, cost_s, service_s, now)
     return Start(task=job.task, node=books.nodes.ids[node], why=why, after=after.job.task if after else None)

@@ -37,7 +37,7 @@ def columns(rows: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndar
     return table[0], table[1], table[2]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(waiting=tasks.filter(bool), likely=tasks, nodes=st.lists(st.tuples(coarse, coarse), max_size=3))
 def test_the_plan_of_few_is_the_plan(
     waiting: list[tuple[float, float, float]],
@@ -52,7 +52,7 @@ def test_the_plan_of_few_is_the_plan(
     assert plan == kept(*columns(waiting), columns(likely), pool).tolist()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     recent=st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 100), coarse, coarse), max_size=12),
     ago_s=st.floats(0, 10),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -11,7 +13,11 @@ from hypothesis import strategies as st
 
 from coordinator.policy.cost import PredictionError
 from coordinator.policy.foresight import capacity_s, expected, kept, mean_of, worth
-from coordinator.policy.policies import margin_after
+from coordinator.policy.policies import PROMISE, Policy, Scene, margin_after, policy_named
+from coordinator.virtual.devices import parse_nodes
+from coordinator.virtual.generator import GeneratorSpec, generate
+from coordinator.virtual.loop import run
+from coordinator.virtual.workload import Mix, at_load, tasks_of
 
 NOBODY = (np.zeros(0), np.zeros(0), np.zeros(0))
 ONE_NODE = (np.array([1.0]), np.array([0.0]))
@@ -146,3 +152,56 @@ def test_the_margin_shrinks_to_the_errors_that_were_made(
     errors: list[tuple[int, float]], margin: float
 ) -> None:
     assert margin_after(1.2, [PredictionError(n, p50) for n, p50 in errors]) == margin
+
+
+# ── the simulator turns red where the plan is broken ────────────────────────────────────────────────
+
+
+def lost_by(policy: Policy) -> tuple[float, float]:
+    """Share of tasks missed and of value lost, over some seeded bursts, of which not all can be done."""
+    nodes = parse_nodes("1,1,0.5,6")
+    missed = value_lost = 0.0
+    for seed in (1, 2, 3):
+        requests = generate(GeneratorSpec(tasks=150), Random(f"requests/{seed}"))
+        tasks = at_load(tasks_of(requests, Mix(), seed, nodes), nodes, 1.5)
+        metrics = run(tasks, nodes, policy)
+        missed += metrics.timeouts / 3
+        value_lost += (1 - metrics.value_kept) / 3
+    return missed, value_lost
+
+
+def plan_of(kept_by: Callable[..., np.ndarray]) -> Policy:
+    """``foresight`` with another plan; the arguments of ``kept_by`` are those of ``kept``."""
+
+    def keeps(scene: Scene) -> np.ndarray:
+        recent = scene.recent()
+        worths = worth(recent.value, recent.mean_value, PROMISE)
+        ahead = expected(scene.now, recent.arrived_at, recent.deadline_at, worths, recent.best_s)
+        waiting = worth(scene.value, recent.mean_value, PROMISE)
+        pool = (scene.capacity(), scene.room_in_s())
+        return kept_by(waiting, scene.best_s, scene.deadline_at - scene.now, ahead, pool)
+
+    return replace(policy_named("foresight"), keeps=keeps)
+
+
+def forecast_ignored(worths, work_s, due_in_s, ahead, pool):  # type: ignore[no-untyped-def]
+    return kept(worths, work_s, due_in_s, NOBODY, pool)
+
+
+def capacity_doubled(worths, work_s, due_in_s, ahead, pool):  # type: ignore[no-untyped-def]
+    return kept(worths, work_s, due_in_s, ahead, (2 * pool[0], pool[1]))
+
+
+def worst_kept(worths, work_s, due_in_s, ahead, pool):  # type: ignore[no-untyped-def]
+    return kept(1 / worths, work_s, due_in_s, (1 / ahead[0], *ahead[1:]), pool)
+
+
+def test_the_same_plan_from_outside_decides_the_same() -> None:
+    assert lost_by(plan_of(kept)) == lost_by(policy_named("foresight"))
+
+
+@pytest.mark.parametrize("mutant", [forecast_ignored, capacity_doubled, worst_kept])
+def test_a_broken_plan_loses_more(mutant: Callable[..., np.ndarray]) -> None:
+    """Planted: each bug costs deadlines or value, as the figures of ``tests.benchmarks.vdf`` would show."""
+    right, wrong = lost_by(policy_named("foresight")), lost_by(plan_of(mutant))
+    assert sum(wrong) > sum(right) + 0.005, f"{mutant.__name__}: {wrong} against {right}"
