@@ -60,8 +60,8 @@ def test_every_setting_can_be_set_by_each_source() -> None:
     values: dict[str, Any] = {
         "mesh": "lab", "code": "em1-x", "new": True, "name": "pi", "seeds": ["a:1", "b"], "broker": "mqtt://b",
         "broker_kind": "amqtt", "interfaces": ["eth0"], "port": 1, "plain": True, "plain_port": 2,
-        "compute": False, "model": "echo", "precision": "int8", "hold": "all", "top_layers": 2, "threads": 3, "adapter_memory": "1MB",
-        "adapter_disk": "2GB", "adapter_replicas": "all",
+        "compute": False, "model": "echo", "precision": "int8", "hold": "all", "top_layers": 2,
+        "threads": 3, "adapter_memory": "1MB", "adapter_disk": "2GB", "adapter_replicas": "all",
         "feature_memory": "512MiB", "feature_disk": 4_000_000, "slowdown": 2.5, "policy": "edf+drop",
         "headless": True,
         "log_format": "json", "log_level": "debug", "state_dir": "/s",

@@ -106,7 +106,7 @@ class BulkClient:
     ) -> bool:
         """Whether ``sink`` now has the whole blob, its digest checked.
 
-        ``had`` is what the sink has of it from an earlier, broken fetch; it grows, so that the next may go on.
+        ``had`` is what the sink has of it from an earlier, broken fetch; it grows, and the next may go on.
 
         Cost: the size of the blob once; when its digest was wrong, once more per holder at most.
         """
