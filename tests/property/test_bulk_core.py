@@ -383,3 +383,18 @@ def test_p95_leaves_one_in_twenty_above(values: list[float]) -> None:
 def test_waits_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         WaitConfig(**wrong)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=5), st.integers(1, 30))
+def test_a_gathering_goes_on_with_what_an_earlier_one_had(
+    spans: list[tuple[int, int]], range_bytes: int
+) -> None:
+    had = Spans((min(span), max(span)) for span in spans)
+    missing = {at for a, b in had.gaps(0, 60) for at in range(a, b)}
+    gathering, asked = Gathering(60, HOLDERS, range_bytes, had), list[int]()
+    while (flight := gathering.begin(HOLDERS[0], 0.0, 1.0)) is not None:
+        asked += range(flight.start, flight.stop)
+        gathering.arrived(flight, flight.n_left)
+        gathering.ended(flight)
+    assert sorted(asked) == sorted(missing), "each missing byte once, and no other"
+    assert gathering.is_complete and list(had) == [(0, 60)], "what came is there for a third"
