@@ -84,24 +84,24 @@ def whole(model: Path, work: Path, wish: TuneSpec, rng: Random | None = None) ->
 def test_whoever_does_the_parts_in_whatever_order_the_adapter_is_the_same(
     nodes: int, model: Path, tmp_path: Path
 ) -> None:
-    wish = spec(nodes=nodes, eval_data=class_lines(12, seed=9))
+    wish = spec(nodes=nodes, data=class_lines(24), eval_data=class_lines(12, seed=9))
     digests = set()
-    for number in range(3):
+    for number in range(2):
         made = whole(model, tmp_path / str(number), wish, Random(number)).adapter
         assert made is not None
         digests.add(made.digest)
     assert len(digests) == 1
-    other = whole(model, tmp_path / "other", replace(wish, seed=1)).adapter
-    assert other is not None and other.digest not in digests, "the seed is part of it"
     card = read_card(tmp_path / "0" / "merge" / "shelf" / "a")
     assert card is not None
     assert card.made == made.made == f"the mean of {nodes} parts, after each of 2 epochs"
     assert made.metric is not None
 
 
-def test_how_many_nodes_is_part_of_the_result(model: Path, tmp_path: Path) -> None:
-    found = {n: whole(model, tmp_path / str(n), spec(nodes=n)).adapter for n in (2, 3)}
-    assert found[2] and found[3] and found[2].digest != found[3].digest
+def test_seed_and_number_of_nodes_are_part_of_the_result(model: Path, tmp_path: Path) -> None:
+    wish = spec(nodes=2, data=class_lines(12), epochs=1)
+    changed = [wish, replace(wish, seed=1), replace(wish, nodes=3)]
+    made = [whole(model, tmp_path / str(n), one).adapter for n, one in enumerate(changed)]
+    assert len({card.digest for card in made if card}) == 3
 
 
 def test_layers_are_chosen_once_for_all_parts(model: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_layers_are_chosen_once_for_all_parts(model: Path, tmp_path: Path) -> No
     assert begun.features.profile == PROFILE and begun.adapter is None
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_completions_and_other_methods_are_trained_in_parts_too(
     method: str, model: Path, tmp_path: Path
 ) -> None:
@@ -123,10 +123,11 @@ def test_completions_and_other_methods_are_trained_in_parts_too(
 # ── as good ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_loss_is_close_to_that_of_one_node(model: Path, tmp_path: Path) -> None:
     """Measured on these records: see the numbers in docs/adr/0024."""
     wish = spec(
-        task="complete", data=completion_lines(96), eval_data=completion_lines(32, seed=5), epochs=8, batch=8,
+        task="complete", data=completion_lines(96), eval_data=completion_lines(32, seed=5), epochs=6, batch=8,
         learning_rate=3e-3,
     )  # fmt: skip
     alone = job(model, tmp_path / "alone", wish)
@@ -135,12 +136,10 @@ def test_loss_is_close_to_that_of_one_node(model: Path, tmp_path: Path) -> None:
     untrained = job(model, tmp_path / "none", replace(wish, epochs=1, learning_rate=1e-9))
     run(untrained)
     assert untrained.result is not None and untrained.result.metric is not None
-    for nodes in (2, 3):
-        made = whole(model, tmp_path / str(nodes), replace(wish, nodes=nodes)).adapter
-        assert made is not None and made.metric is not None
-        print(nodes, untrained.result.metric, alone.result.metric, made.metric)
-        gained = (untrained.result.metric - made.metric) / (untrained.result.metric - alone.result.metric)
-        assert gained > 0.5, f"{nodes=} {gained=}"
+    made = whole(model, tmp_path / "nodes", replace(wish, nodes=3)).adapter
+    assert made is not None and made.metric is not None
+    gained = (untrained.result.metric - made.metric) / (untrained.result.metric - alone.result.metric)
+    assert gained > 0.8, f"{untrained.result.metric} {alone.result.metric} {made.metric}"
 
 
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────
