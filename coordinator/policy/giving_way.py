@@ -8,6 +8,7 @@ import numpy as np
 
 from coordinator.policy.books import Books
 from coordinator.policy.decisions import Decision, Pause, Resume, Start, Why
+from coordinator.policy.few import are_few, few_prices, few_starts
 from coordinator.policy.nodes import Running
 from coordinator.policy.ordering import PAIRS_MAX, first_of
 from coordinator.policy.policies import Policy
@@ -46,6 +47,10 @@ def _contest(books: Books, policy: Policy, runner: Running, row: int, now: float
         return []
     runner.is_pausing = True
     books.nodes.change(row, now)
+    if _nobody_may(books, policy, row, now):
+        runner.is_pausing = False
+        books.nodes.change(row, now)
+        return []
     own = books.enter(runner.job)
     books.jobs.keep_left(own, runner.left_share(now))
     seen = look_at(books, policy, now, np.array([row]))
@@ -66,6 +71,17 @@ def _contest(books: Books, policy: Policy, runner: Running, row: int, now: float
         why=_why_runner(books, policy, runner, f"gives way to {begun.task} at the end of its chunk", now),
     )
     return [pause, begun]
+
+
+def _nobody_may(books: Books, policy: Policy, row: int, now: float) -> bool:
+    """Whether none of few waiting tasks may start on a node, but tuning: then nothing has to be scored."""
+    jobs, nodes = books.jobs, books.nodes
+    if not are_few(jobs, nodes, len(jobs), [row]):
+        return False
+    rows = slice(None)
+    starts = few_starts(policy, jobs, nodes, now, rows, np.array([row]), few_prices(jobs, nodes, rows, [row]))
+    kinds = jobs.numbers("kind").tolist()
+    return not any(may and kind != _TUNE for (may,), kind in zip(starts, kinds, strict=True))
 
 
 def preempt(books: Books, policy: Policy, newcomers: list[TaskId], now: float) -> list[Decision]:

@@ -21,6 +21,11 @@ PAIRS_MAX: Final = 100_000
 """Pairs of a task and a node scored at once, about 1 ms; more are taken in blocks."""
 
 
+_FEW_NODES: Final = 32
+"""As many as plain numbers are faster for than arrays."""
+_FIRST: Final = np.zeros(1, np.intp)
+
+
 def blocks(
     policy: Policy,
     jobs: JobTable,
@@ -48,6 +53,8 @@ def blocks(
 
 def in_order(jobs: JobTable, best: Floats, rows: NDArray[np.intp]) -> NDArray[np.intp]:
     """Indexes of ``rows`` that may start (``best`` above ``-inf``), the highest score first."""
+    if len(best) == 1:
+        return _FIRST if best[0] > -np.inf else _FIRST[:0]
     able = np.flatnonzero(best > -np.inf)
     order = able[np.argsort(-best[able], kind="stable")]
     sorted_best = best[order]
@@ -73,13 +80,19 @@ def first_of(jobs: JobTable, scores: Floats) -> int | None:
 def column_for(nodes: NodeTable, seen: Look, index: int, place: Literal["first_end", "score"]) -> int | None:
     """Which of the open nodes a task goes to; ties go to the first by id."""
     scores = seen.scores[index]
-    keys = seen.finish_s[index] if place == "first_end" else -scores
-    keys = np.where(scores > -np.inf, keys, np.inf)
-    column = int(keys.argmin())
-    best = keys[column]
-    if best == np.inf:
-        return None
-    ties: list[int] = (keys == best).nonzero()[0].tolist()
-    if len(ties) == 1:
-        return column
+    if len(scores) <= _FEW_NODES:
+        scores_s: list[float] = scores.tolist()
+        keys_s = seen.finish_s[index].tolist() if place == "first_end" else [-score for score in scores_s]
+        able = [
+            (key, at) for at, (key, score) in enumerate(zip(keys_s, scores_s, strict=True)) if score > -np.inf
+        ]
+        least = min(able)[0] if able else np.inf
+        ties = [at for key, at in able if key == least < np.inf]
+    else:
+        keys = seen.finish_s[index] if place == "first_end" else -scores
+        keys = np.where(scores > -np.inf, keys, np.inf)
+        best = keys.min()
+        ties = (keys == best).nonzero()[0].tolist() if best < np.inf else []
+    if len(ties) <= 1:
+        return ties[0] if ties else None
     return min(ties, key=lambda column: nodes.ids[seen.nodes[column]])
