@@ -266,7 +266,7 @@ class Dispatcher:
             again_at = min(again_at, min((until for until in avoid.values() if until > now), default=FOREVER))
         if self.policy.keeps is not None or self.policy.margin != 1.0:
             again_at = min(again_at, now + self._config.chunk_s)
-        if self.policy.drop and self._books.nodes.is_shared.any():
+        if self.policy.drop and self._books.nodes.n_shared:
             # Once somebody there has read its prompt, who waited for that may join.
             again_at = min(again_at, now + max(self._books.nodes.read_in_s(now), _READ_LEAST_S))
         return again_at
@@ -306,7 +306,9 @@ class Dispatcher:
         """Whether the policy may start what it did not a moment ago. As time alone goes by, ever less ends in
         time on an idle node; in a batch those who run free it bit by bit, and refusals are forgotten."""
         nodes = self._books.nodes
-        return self._is_news or bool(self._books.jobs.avoiding or nodes.is_shared[nodes.has_room].any())
+        if self._is_news or self._books.jobs.avoiding:
+            return True
+        return nodes.n_shared > 0 and bool(nodes.is_shared[nodes.has_room].any())
 
     def _holds_back(self, now: float) -> bool:
         """Whether a task may wait that the policy would not start, and a node that has room would.
@@ -316,7 +318,7 @@ class Dispatcher:
         jobs, nodes = self._books.jobs, self._books.nodes
         if not len(jobs) or not nodes.n_open:
             return False
-        if nodes.is_shared[nodes.has_room].any() or not jobs.kept.all():
+        if (nodes.n_shared and nodes.is_shared[nodes.has_room].any()) or not jobs.kept.all():
             return True
         likely_s = self.policy.margin * jobs.column("best_s")
         return bool((likely_s > jobs.column("deadline_at") - now).any())

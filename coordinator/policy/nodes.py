@@ -140,6 +140,8 @@ class NodeTable:
         """Answers that share steps on each node, paused ones apart."""
         self.is_shared: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Somebody runs on a node where others may join."""
+        self.n_shared = 0
+        """Of them there are so many."""
         self.has_room: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.n_open = 0
         """Nodes with room."""
@@ -218,6 +220,7 @@ class NodeTable:
         row = self._row.pop(node)
         ran = list(self._slots[row].running.values())
         self.n_open -= bool(self.has_room[row])
+        self.n_shared -= bool(self.is_shared[row])
         del self.ids[row], self._slots[row]
         for name in ("unit_s", "corrections", "is_known", "has", "warm", "far"):
             setattr(self, name, np.delete(getattr(self, name), row, axis=1))
@@ -345,7 +348,9 @@ class NodeTable:
         slots.n_writing = n_writing
         slots.company = (-FOREVER, None)
         self.n_rows[row] = n_writing
-        self.is_shared[row] = n > 0 and view.slots > 1
+        is_shared = n > 0 and view.slots > 1
+        self.n_shared += is_shared - bool(self.is_shared[row])
+        self.is_shared[row] = is_shared
         room = view.is_ready and n < view.slots
         self.n_open += room - bool(self.has_room[row])
         self.has_room[row] = room
@@ -431,7 +436,7 @@ class NodeTable:
         Where others may join, its slots full: what is left of answers counts as in a full batch.
         """
         room_in_s: Floats = np.maximum(self.free_at - now, 0.0)
-        for row in self.is_shared.nonzero()[0].tolist():
+        for row in self.is_shared.nonzero()[0].tolist() if self.n_shared else ():
             here = self._slots[row].running.values()
             active = [one for one in here if one.is_active and not one.stands_back(now)]
             alone_s = sum(one.alone_left_s(now) for one in active)
