@@ -106,6 +106,8 @@ class Rounds:
                 effects += self._advance(job, parts.get(job.id, []), now)
             elif not job.is_open:
                 self._plans.pop(job.id, None)
+            elif job.id in self._plans:
+                self._plans[job.id].again_at = -FOREVER  # its end is due, and nothing else
         for parent, children in parts.items():
             owner = self._ledger.get(parent)
             if owner is None or not owner.is_open:

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.admission import AdmissionConfig
+from coordinator.scheduler import SchedulerConfig
 from coordinator.task import digest_of
 from mesh.ids import TaskId
 from mesh.messages import (
@@ -218,6 +220,20 @@ def test_a_part_whose_job_nobody_knows_is_ended() -> None:
     world.say(Submit(kind="tune", tune=replace(SPEC, part=part), id=TaskId("orphan")))
     world.run(5.0)
     assert world.states("orphan")[-1] == "cancelled" and not world.started
+
+
+def test_parts_that_find_the_queue_full_are_tried_again_and_nobody_is_busy_meanwhile() -> None:
+    config = SchedulerConfig(admission=AdmissionConfig(open_max=3))
+    answer = lambda assign: work(assign) if assign.submit.tune else answer_of(assign)  # noqa: E731
+    world = submitted(1, config=config, slots=1, service_s=3.0, answer=answer).run(0.1)
+    world.say(Submit(prompt="hi", id=TaskId("other")))  # the third: no room for the second part
+    world.run(40.0)
+    assert world.states(JOB)[-1] == "done"
+    world.say(Submit(kind="tune", tune=replace(SPEC, adapter="b"), id=TaskId("late"), deadline_s=4.0))
+    for number in range(2):
+        world.say(Submit(prompt="hi", id=TaskId(f"filler{number}")))
+    world.run(60.0)  # ends: the world does not stand still at one moment
+    assert world.states("late")[-1] == "expired"
 
 
 # ── bodies ──────────────────────────────────────────────────────────────────────────────────────────
