@@ -64,8 +64,7 @@ class Node:
             adapters_dir=str(work / "adapters"),
             datasets_dir=str(work / "datasets"),
             features_dir=str(work / "features"),
-            feature_disk_bytes=0,
-            **changes,
+            **{"feature_disk_bytes": 0, **changes},
         )
         backbone = load_backbone(model, precision=precision)
         self.memory = FeatureMemory(self.load, backbone, 1, link=link)
@@ -77,14 +76,21 @@ class Node:
         self.memory.proof.numerics()
         return self.memory.proof.profile or ""
 
-    def tune(self, steps_max: int = 100_000, **changes: Any) -> Ended | None:
-        wish = spec(adapter="a", epochs=2, **changes)
+    def begin(self, **changes: Any) -> None:
+        wish = spec(**{"adapter": "a", "epochs": 2, **changes})
         self.engine.start(Run(task=TaskId("t-1"), attempt=1, submit=Submit(kind="tune", tune=wish)))
+
+    def go(self, steps_max: int = 100_000) -> Ended | None:
+        """So many steps, or to the end."""
         for _ in range(steps_max):
             for event in self.engine.step():
                 if isinstance(event, Ended):
                     return event
         return None
+
+    def tune(self, **changes: Any) -> Ended | None:
+        self.begin(**changes)
+        return self.go()
 
     def held(self) -> dict[bytes, bytes]:
         """All features in its memory, as peers would read them."""
@@ -156,8 +162,9 @@ def test_a_job_that_was_begun_in_one_form_goes_on_in_it(
     peers = Peers(held, [profile])
     with linked(peers) as link:
         begun = Node(model, tmp_path, "fp32", link)
+        begun.begin()
         while not list((tmp_path / "features").rglob("*.safetensors")):
-            assert begun.tune(steps_max=1) is None
+            assert begun.go(steps_max=1) is None
         # Another process: its own features would be as quick by now, and it does not even look.
         again = Node(model, tmp_path, "fp32", link)
         again.memory.choice.row_layer_s = 1e-9

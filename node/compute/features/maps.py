@@ -269,7 +269,12 @@ class Reading:
             at += len(entries)
             whole = [entry for entry in entries if entry is not None]
             came.update(key for key, entry in zip(keys, entries, strict=True) if entry is not None)
-            if len(whole) < len(entries) or not self._decode(text, [entry.encoded for entry in whole]):
+            if len(whole) < len(entries):
+                missing.append(text)
+                continue
+            if not self._decode(text, [entry.encoded for entry in whole]):
+                if isinstance(maps._store, MeshStore):
+                    maps._store.local.forget(keys)  # a peer's mistake must not stay here
                 missing.append(text)
                 continue
             maps.hits += 1

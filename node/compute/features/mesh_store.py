@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 FETCH_WITHIN_S = 10.0
 """What has not come then is a miss."""
+# The node answers from memory, but on a busy machine it may have to wait for its turn.
+_ANSWER_S = 2.0
 _TELL_S = 0.5
 
 
@@ -105,7 +107,9 @@ class MeshStore:
 
     def ask(self, keys: Sequence[bytes], n_bytes: int) -> Asking | None:
         """Which of at most ``KEYS_MAX`` keys peers say to have; ``None``: there is nobody to ask."""
-        return self._link.ask(keys, n_bytes) if self._link is not None and self.is_linked else None
+        if self._link is None or not self.is_linked:
+            return None
+        return self._link.ask(keys, n_bytes, within_s=_ANSWER_S)
 
     def prefetch(self, keys: Sequence[bytes], within_s: float = FETCH_WITHIN_S) -> None:
         """Have those that are not here read from peers, in this order; returns at once."""

@@ -123,6 +123,12 @@ class LocalStore:
         for key, entry in entries.items():
             self._remember(key, entry)
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """These are not what they should be: out of memory with them."""
+        for key in keys:
+            if self._memory.pop(key, None) is not None:
+                self._memory_order.drop(key)
+
     def look(self) -> None:
         """Learn of what other processes have put on disk. Cheap if asked often."""
         if self._disk is not None:
