@@ -42,9 +42,12 @@ def nothing_line(told: TaskExplanation) -> str | None:
         return "It ended some time ago, was rejected before it was taken in, or was never submitted here."
     if told.state == "rejected":
         return "It was refused before it was taken in; no node was chosen."
-    return (
-        f"{told.epoch.node} has decided nothing about it: an earlier coordinator did, or it waits its turn."
-    )
+    if told.node is not None:
+        return (
+            "An earlier coordinator decided it: reasons are kept in memory only and are gone with it. "
+            f"{told.epoch.node} tells what it decides from here on."
+        )
+    return f"{told.epoch.node} has decided nothing yet; what an earlier coordinator decided is not kept."
 
 
 def verb_line(decision: TaskDecision) -> str:

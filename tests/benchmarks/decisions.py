@@ -6,7 +6,8 @@
 ``decision_large_ms``  10,000 waiting tasks, 1,000 nodes at work, one becomes free: the decision that follows
 ``wave_ms``            10,000 waiting tasks, all of 1,000 nodes have just become free: 1,000 starts
 
-Each is the median of some repetitions; the dispatcher is the coordinator's, explanations included.
+Each is the median of some repetitions; the dispatcher is the coordinator's, explanations included: their
+numbers are taken down as the decision is made, their words made when somebody asks (``task show``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ everything anew; halves of 95 % intervals are in the detail.
 ``baseline_…``             timeouts of the others at load 1, each with drop and chunk
 ``decision_ms``            1,000 waiting tasks, 16 nodes have become free (tests.benchmarks.decisions)
 ``decision_large_ms``      10,000 waiting tasks, one of 1,000 nodes becomes free
-``sim_tasks_per_minute``   through the default policy, per minute of one processor core
+``sim_tasks_per_minute``   through the default policy, per minute of one processor core; most decisions
+                           there are about few tasks, in plain numbers (``coordinator.policy.few``)
 
     python -m tests.benchmarks.vdf [--quick] [--json] [--trace FILE [--limit TASKS]]
 """

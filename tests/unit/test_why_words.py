@@ -70,8 +70,10 @@ def test_what_is_not_known_is_said_with_the_reason() -> None:
     refused = replace(unknown, state="rejected", reason="best node needs 12.3 s, 8.0 s left")
     assert head_line(refused) == "t-1  rejected  best node needs 12.3 s, 8.0 s left"
     assert "refused before" in (nothing_line(refused) or "")
-    elsewhere = TaskExplanation(task=T1, epoch=EPOCH, state="running")
-    assert "an earlier coordinator did" in (nothing_line(elsewhere) or "")
+    inherited = TaskExplanation(task=T1, epoch=EPOCH, state="running", node=PI, attempt=1)
+    assert (nothing_line(inherited) or "").startswith("An earlier coordinator decided it: reasons are kept")
+    waiting = TaskExplanation(task=T1, epoch=EPOCH, state="queued")
+    assert (nothing_line(waiting) or "").startswith("pi has decided nothing yet")
     many = TaskExplanation(task=T1, epoch=EPOCH, state="running", decisions=[START], n_decisions=9)
     assert nothing_line(many) == "(8 older decisions are no longer kept)"
 
