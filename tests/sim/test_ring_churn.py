@@ -68,7 +68,7 @@ def violations(mesh: Mesh) -> list[str]:
 
 @pytest.mark.parametrize("block", range(2))
 def test_after_a_storm_all_nodes_have_one_ring_and_true_catalogues(block: int) -> None:
-    for seed in seeds(40, block * 40):
+    for seed in seeds(30, block * 30):
         mesh = storm(seed)
         found = violations(mesh)
         assert not found, report(seed, mesh, found)
