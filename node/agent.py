@@ -246,7 +246,7 @@ class Agent:
         for number in ending_signals():
             loop.add_signal_handler(number, self.stop)
         try:
-            async with self._server, self._client, self._cache:
+            async with self._cache, self._server, self._client:
                 self._change_info(port=self._server.port, addresses=self._addresses())
                 async with Discovery(self._advert(), self._settings.interfaces) as self._discovery:
                     await self._live(screen)

@@ -40,6 +40,7 @@ __all__ = ["NodeCache"]
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 2.0
+AGAIN_S = 5.0
 NO_RING = RingEpoch(EPOCH_ZERO, 0)
 """What a node says that has not heard of any."""
 
@@ -111,9 +112,15 @@ class NodeCache:
         await self.share.close()
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.rounds.run(), name="cache.rounds")
-            group.create_task(self._report(), name="cache.report")
+        """Until cancelled. A fault in here does not end a node that computes, coordinates or hosts."""
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.rounds.run(), name="cache.rounds")
+                    group.create_task(self._report(), name="cache.report")
+            except* Exception:
+                log.exception("cache_failed; going on in %g s", AGAIN_S)
+            await asyncio.sleep(AGAIN_S)
 
     def on_fact(self, fact: Fact) -> None:
         if isinstance(fact, LinkUp):

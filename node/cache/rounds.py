@@ -139,25 +139,23 @@ class Rounds:
 
     async def _tell_held(self) -> None:
         self._learn(HeldChanged())  # this life holds nothing yet, whatever the one before did
-        seen = -1
         while True:
-            await self._share.look()
-            if self._share.changes != seen:
-                seen = self._share.changes
-                held = await asyncio.to_thread(self._share.held)
-                await self._tell(held)
+            news = await self._share.news()
+            if news:
+                await self._tell(news)
             await asyncio.sleep(LOOK_S)
 
-    async def _tell(self, held: dict[bytes, Known]) -> None:
-        added = [key for key in held if key not in self._held]
-        dropped = [key for key in self._held if key not in held]
-        self._held = held
+    async def _tell(self, news: Mapping[bytes, Known | None]) -> None:
+        added = [key for key, known in news.items() if known is not None and key not in self._held]
+        dropped = [key for key, known in news.items() if known is None and key in self._held]
         for key in dropped:
+            del self._held[key]
             self._fresh.pop(key, None)
             self._unproven.pop(key, None)
+        self._held |= {key: known for key, known in news.items() if known is not None}
         self._unproven |= dict.fromkeys(added)
         received = self._share.take_received()
-        self._fresh |= {key: held[key] for key in added if key not in received}
+        self._fresh |= {key: self._held[key] for key in added if key not in received}
         if added:
             self._wake.set()
         # What is gone is said first: peers ask for it in vain.

@@ -103,12 +103,20 @@ class Share:
         self._writing: dict[bytes, Block] = {}
         self._disk: PackDirectory | None = None
         self._is_full_said = False
-        self._changes = 0
+        self._touched: set[bytes] = set()  # since ``news``; bound: what is held, and what has left since
         self._received: set[bytes] = set()  # bound: what ``held`` may say
         self._writes = threading.Lock()  # one pack at a time: a slow disk holds up those who put
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="share")
         if quota_bytes:
-            self._disk = PackDirectory(directory, quota_bytes, {}, clock, look_s=LOOK_S, weigh=self._weigh)
+            self._disk = PackDirectory(
+                directory,
+                quota_bytes,
+                {},
+                clock,
+                look_s=LOOK_S,
+                weigh=self._weigh,
+                touched=self._touched.update,
+            )
 
     # ── what is here ────────────────────────────────────────────────────────────────────────────────
 
@@ -121,31 +129,24 @@ class Share:
     def n_blocks(self) -> int:
         return len(self._disk.places) if self._disk is not None else 0
 
-    @property
-    def changes(self) -> int:
-        """Counts up whenever ``held`` may say something else."""
-        return self._changes + (self._disk.changes if self._disk is not None else 0)
-
-    def held(self) -> dict[bytes, Known]:
-        """Every block that a peer may have now."""
+    def holds(self, key: bytes) -> bool:
+        """Whether a peer that asks for it now would get it."""
         with self._lock:
-            found = {block.key: _known(block) for block in self._writing.values()}
-            for gathered in self._gathered.values():
-                found |= {key: _known(block) for key, (block, _) in gathered.blocks.items()}
-            for key, (_, place) in self._disk.places.items() if self._disk is not None else ():
-                if place.n_bytes <= BLOCK_BYTES_MAX:
-                    found[key] = Known(key, place.digest, place.n_bytes)
-            return found
+            return self._known(key) is not None
+
+    async def news(self) -> dict[bytes, Known | None]:
+        """The blocks that have come since this was asked last, and for those that have gone ``None``.
+
+        It says of a block what is true now, however often it came and went. What is new on disk is found
+        here, what has waited is written, and some room is kept free.
+        """
+        return await self._in_thread(self._news)
 
     def take_received(self) -> set[bytes]:
         """The keys that came from peers since this was asked last."""
         with self._lock:
             received, self._received = self._received, set()
             return received
-
-    async def look(self) -> None:
-        """Learn what other processes have written or removed, write what has waited, keep some room free."""
-        await self._in_thread(self._look)
 
     async def reweigh(self) -> None:
         """Ask again what the copies here are worth: the ring, or what others hold, has changed."""
@@ -250,7 +251,7 @@ class Share:
                         kept = Block(block.key, block.digest, bytes(block.payload))
                         gathered.blocks[block.key] = (kept, costs[block.key])
                         gathered.n_bytes += len(kept.payload) + ENTRY_BYTES
-                        self._changes += 1
+                        self._touched.add(block.key)
                         self._received.add(block.key)
                         verdicts[block.key] = PutVerdict.STORED
                     else:
@@ -272,7 +273,7 @@ class Share:
         free_bytes = self._disk.could_free(asked, cost_s * asked / n_bytes)
         return {
             block.key
-            for block in self._intake.offered(map(_known, lot), self._has, free_bytes, self._clock())
+            for block in self._intake.offered(map(_as_known, lot), self._has, free_bytes, self._clock())
         }
 
     def _write(self, is_spare: bool) -> None:
@@ -297,8 +298,8 @@ class Share:
             with self._lock:
                 for block in self._writing.values():
                     self._intake.failed(block.key)  # in either case nothing is on its way any more
+                self._touched.update(self._writing)
                 self._writing.clear()
-                self._changes += 1
                 if why is None:
                     self._disk.learn(path.name, places, n_bytes)
         if why is not None:
@@ -317,13 +318,20 @@ class Share:
             # process would have to let go of what it knows least of.
             self._disk.make_room(self._disk.pack_bytes, float("inf"))
 
+    def _news(self) -> dict[bytes, Known | None]:
+        self._look()
+        with self._lock:
+            news = {key: self._known(key) for key in self._touched}
+            self._touched.clear()
+            return news
+
     def _clear(self) -> None:
         with self._lock:
             for is_spare, gathered in self._gathered.items():
                 for key in gathered.blocks:
                     self._intake.failed(key)
+                self._touched.update(gathered.blocks)
                 self._gathered[is_spare] = _Gathered()
-            self._changes += 1
             if self._disk is not None:
                 for name in list(self._disk.packs):
                     self._disk.remove(name)
@@ -336,6 +344,15 @@ class Share:
         for name in names:
             with self._lock:
                 self._disk.reweigh(name)
+
+    def _known(self, key: bytes) -> Known | None:
+        block = self._in_memory(key)
+        if block is not None:
+            return _as_known(block)
+        place = self._disk.places.get(key) if self._disk is not None else None
+        if place is None or place[1].n_bytes > BLOCK_BYTES_MAX:
+            return None
+        return Known(key, place[1].digest, place[1].n_bytes)
 
     # ── pieces ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -381,5 +398,5 @@ class Share:
         return False
 
 
-def _known(block: Block) -> Known:
+def _as_known(block: Block) -> Known:
     return Known(block.key, block.digest, len(block.payload))

@@ -80,7 +80,7 @@ class CacheNode:
         """As the compute process does: a pack in the directory."""
         write_pack(self.directory / "features", {block.key: (block.payload, recompute_s) for block in blocks})
 
-    async def read(self, blocks: Sequence[Block], within_s: float = 5.0) -> list[Block | None]:
+    async def read(self, blocks: Sequence[Block], within_s: float = 60.0) -> list[Block | None]:
         """What the mesh has of these; what comes is what it should be."""
         answers: list[Block | None] = []
         async for part in self.cache.reads.read([block.key for block in blocks], within_s=within_s):
@@ -91,7 +91,7 @@ class CacheNode:
         return answers
 
     def holds(self, blocks: Iterable[Block]) -> set[bytes]:
-        return {block.key for block in blocks} & self.cache.share.held().keys()
+        return {block.key for block in blocks if self.cache.share.holds(block.key)}
 
     def claims(self, blocks: Iterable[Block]) -> None:
         """It says that it holds these, whatever it holds."""
@@ -219,12 +219,12 @@ class CacheMesh:
         held = [node.holds(blocks) for node in self.nodes.values()]
         return {block.key: sum(block.key in keys for keys in held) for block in blocks}
 
-    async def twice(self, blocks: Iterable[Block], timeout_s: float = 10.0) -> None:
+    async def twice(self, blocks: Iterable[Block], timeout_s: float = 60.0) -> None:
         """Every block lies with both its owners, and everybody has heard of it."""
         blocks = list(blocks)
 
         def is_so() -> bool:
-            held = {node.name: node.cache.share.held() for node in self.nodes.values()}
+            held = {node.name: node.holds(blocks) for node in self.nodes.values()}
             for node in self.nodes.values():
                 view = node.core.ring.view
                 assert view is not None
@@ -239,7 +239,7 @@ class CacheMesh:
         await soon(is_so, "two copies of every block", timeout_s)
 
 
-async def soon(is_so: Any, what: str, timeout_s: float = 10.0) -> None:
+async def soon(is_so: Any, what: str, timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < until, f"no {what} within {timeout_s:g} s"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mesh.cache import catalogue
 from mesh.transport.bulk.blobs import Block
-from node.cache import rounds
+from mesh.transport.bulk.client import PutRefusal
+from node.cache import assembly, rounds
 from tests.integration.bulk_world import BulkWorld, batch_answer
 from tests.integration.cache_nodes import BLOCK_BYTES, CacheMesh, some_blocks, soon
 
@@ -111,10 +114,17 @@ async def test_a_pack_that_is_removed_is_unlisted_at_once_and_lies_twice_again(
     async with CacheMesh(tmp_path, {"a": QUOTA, "b": QUOTA}, monkeypatch) as mesh:
         mesh["a"].write(blocks)
         await mesh.twice(blocks)
-        await soon(lambda: list_packs(mesh["b"].directory), "the pack")
-        for pack in list_packs(mesh["b"].directory):
-            pack.unlink()
-        await soon(lambda: not any(mesh["a"].cache.reads.claimed(keys_of(blocks))), "the news")
+        await soon(lambda: mesh["b"].cache.share.n_blocks == 100, "all of it in packs")
+        client = mesh["a"].cache.client
+        with monkeypatch.context() as patch:  # the repair would be quicker than we look
+
+            async def refused(*more: object) -> PutRefusal:
+                return PutRefusal("not now", 503)
+
+            patch.setattr(client, "put_blocks", refused)
+            for pack in list_packs(mesh["b"].directory):
+                pack.unlink()
+            await soon(lambda: not any(mesh["a"].cache.reads.claimed(keys_of(blocks))), "the news")
         await mesh.twice(blocks)
 
 
@@ -196,7 +206,7 @@ async def test_a_holder_that_says_nothing_costs_a_bounded_wait(
             mesh.places[mesh["a"].name] = holder
             started_at = time.monotonic()
             assert None not in await mesh["reader"].read(blocks)
-            assert time.monotonic() - started_at < 2.0
+            assert time.monotonic() - started_at < 10.0, "a second, on a machine with nothing else to do"
             async with BulkWorld(tmp_path).misbehaving("b", silent) as other:
                 mesh.places[mesh["b"].name] = other
                 with caplog.at_level(logging.WARNING):
@@ -238,6 +248,26 @@ async def test_a_full_disk_refuses_copies_and_readers_do_not_notice(
         assert None not in await mesh["reader"].read(blocks)
 
 
+async def test_a_fault_of_the_cache_is_a_line_in_the_log_and_the_node_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks = some_blocks(0, 30)
+    monkeypatch.setattr(assembly, "AGAIN_S", 0.05)
+    async with CacheMesh(tmp_path, {"a": QUOTA, "b": QUOTA}, monkeypatch) as mesh:
+        news = mesh["a"].cache.share.news
+        faults = iter([ZeroDivisionError("a mistake of ours")])
+
+        async def faulty() -> Any:
+            for fault in faults:
+                raise fault
+            return await news()
+
+        monkeypatch.setattr(mesh["a"].cache.share, "news", faulty)
+        mesh["a"].write(blocks)
+        await mesh.twice(blocks)
+        assert "cache_failed" in caplog.text
+
+
 async def test_bytes_stay_within_every_quota_when_there_is_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +278,7 @@ async def test_bytes_stay_within_every_quota_when_there_is_too_much(
             node.write(some_blocks(start, 10))
             await asyncio.sleep(0.03)
             for other in mesh.nodes.values():
-                n_bytes = sum(pack.stat().st_size for pack in list_packs(other.directory))
+                n_bytes = bytes_in(other.directory)
                 assert n_bytes <= quota + 12 * BLOCK_BYTES, "but for what the compute process just wrote"
         await soon(lambda: all(node.cache.share.n_bytes <= quota for node in mesh.nodes.values()), "room")
         assert sum(node.cache.share.n_bytes for node in mesh.nodes.values()) > 1.5 * quota, "and it is used"
@@ -256,6 +286,14 @@ async def test_bytes_stay_within_every_quota_when_there_is_too_much(
 
 def list_packs(directory: Path) -> list[Path]:
     return sorted((directory / "features").glob("*.pack"))
+
+
+def bytes_in(directory: Path) -> int:
+    n_bytes = 0
+    for pack in list_packs(directory):
+        with contextlib.suppress(FileNotFoundError):  # it made room at this moment
+            n_bytes += pack.stat().st_size
+    return n_bytes
 
 
 def damage(directory: Path) -> None:

@@ -62,7 +62,7 @@ async def held(share: Share, numbers: Sequence[int]) -> list[int]:
             assert isinstance(one, Block) and one.key == key(number)
             assert one.digest == digest_of(one.payload) == digest_of(block(number).payload)
     served = [number for number, one in zip(numbers, found, strict=True) if one is not None]
-    assert {key(number) for number in served} <= share.held().keys()
+    assert all(share.holds(key(number)) for number in served)
     return served
 
 
@@ -73,7 +73,7 @@ async def test_what_peers_put_is_served_at_once_and_lies_in_one_pack_a_moment_la
         assert await share.put([block(number)]) == [PutVerdict.STORED]
     assert await held(share, range(6)) == [0, 1, 2, 3, 4] and not files_in(tmp_path)
     clock.now += share_file.GATHER_S
-    await share.look()
+    await share.news()
     (pack,) = files_in(tmp_path)
     assert await held(share, range(6)) == [0, 1, 2, 3, 4]
     assert {place.digest for place in read_index(pack).values()} == {block(n).digest for n in range(5)}
@@ -84,10 +84,12 @@ async def test_what_the_compute_process_writes_is_served_with_its_digest(
     share: Share, clock: Clock, tmp_path: Path
 ) -> None:
     LocalStore(tmp_path, 0, 100_000).put(entries(1, 2))
-    before = share.changes
     clock.now += share_file.LOOK_S
-    await share.look()
-    assert share.changes > before and set(share.held()) == {key(1), key(2)}
+    news = await share.news()
+    assert {of: known and known.digest for of, known in news.items()} == {
+        key(number): digest_of(entries(number)[key(number)].encoded.payload) for number in (1, 2)
+    }
+    assert not await share.news(), "said once"
     (one,) = await share.get_many([key(1)], 1 << 20)
     assert isinstance(one, Block) and one.digest == digest_of(one.payload)
     assert bytes(one.payload) == bytes(entries(1)[key(1)].encoded.payload)
@@ -118,7 +120,7 @@ async def test_the_quota_holds_with_all_that_is_on_its_way(
         on_disk = sum(path.stat().st_size for path in files_in(tmp_path))
         assert on_disk + share._intake.reserved_bytes <= share.quota_bytes
         clock.now += 0.1
-        await share.look()
+        await share.news()
     assert share.n_bytes > share.quota_bytes // 2, "and it is used"
 
 
@@ -129,7 +131,7 @@ async def test_second_copies_go_before_first_ones(share: Share, clock: Clock) ->
     for number in range(20, 70):
         await share.put([block(number)])
         clock.now += share_file.GATHER_S
-        await share.look()
+        await share.news()
     assert len(await held(share, range(70))) == 70
     assert len(await held(share, range(SPARE, SPARE + 60))) < 60
     for start in range(SPARE + 100, SPARE + 400, 30):
@@ -177,7 +179,8 @@ async def test_a_disk_that_fills_up_meanwhile_is_a_miss_and_leaves_nothing(
     with caplog.at_level(logging.WARNING):
         await share.flush()
     assert "cannot be kept" in caplog.text and not files_in(tmp_path)
-    assert await held(share, [1]) == [] and not share.held()
+    assert await held(share, [1]) == [] and not share.holds(key(1))
+    assert await share.news() == {key(1): None}
     monkeypatch.undo()
     assert await share.put(blocks([1])) == [PutVerdict.STORED], "its room is free again"
 
@@ -189,13 +192,13 @@ async def test_a_pack_that_is_gone_or_cut_short_is_a_miss_and_not_listed_any_mor
     await share.put(blocks([1, 2]))
     await share.flush()
     (pack,) = files_in(tmp_path)
+    await share.news()
     if harm == "gone":
         pack.unlink()
     else:
         os.truncate(pack, pack.stat().st_size - PAYLOAD_BYTES - 10)
-    before = share.changes
     assert await held(share, [1, 2]) in ([], [1])
-    assert share.changes > before and not share.held()
+    assert await share.news() == {key(1): None, key(2): None}
     assert await held(share, [1, 2]) == [] and not files_in(tmp_path)
 
 
@@ -203,7 +206,7 @@ async def test_a_node_that_gives_nothing_keeps_nothing(tmp_path: Path) -> None:
     share = Share(tmp_path / "features", 0)
     assert not share.has_room(1) and await share.put(blocks([1])) == [PutVerdict.NO_ROOM]
     assert await share.get_many([key(1)], 100) == [None]
-    await share.look()
+    await share.news()
     await share.close()
     assert not (tmp_path / "features").exists()
 
@@ -223,6 +226,7 @@ async def test_a_block_too_large_to_travel_is_not_listed(tmp_path: Path) -> None
     share = Share(tmp_path, 1 << 27)
     large = CODECS["raw"].encode(torch.zeros(2100, 1024))
     LocalStore(tmp_path, 0, 1 << 27).put({key(1): Entry(large, 1.0)} | entries(2))
-    await share.look()
-    assert set(share.held()) == {key(2)} and await share.get_many([key(1)], 1 << 23) == [None]
+    news = await share.news()
+    assert news[key(1)] is None and news[key(2)] is not None
+    assert await share.get_many([key(1)], 1 << 23) == [None]
     await share.close()

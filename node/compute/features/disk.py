@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mesh.errors import DecodeError
@@ -55,6 +55,7 @@ class PackDirectory:
         pins: Keys that running work needs, counted: their packs are not let go of.
         look_s: How often a miss, or ``look``, asks the file system for what others have done.
         weigh: What a pack is worth; ``reweigh`` asks again.
+        touched: Hears of the keys of every pack that comes or goes.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class PackDirectory:
         *,
         look_s: float = _LOOK_S,
         weigh: Weigh = all_of_it,
+        touched: Callable[[Iterable[bytes]], None] = lambda keys: None,
     ) -> None:
         self.directory = directory
         self.bytes_max = bytes_max
@@ -73,6 +75,7 @@ class PackDirectory:
         self._clock = clock
         self._look_s = look_s
         self._weigh = weigh
+        self._touched = touched
         self.places: dict[bytes, tuple[str, Place]] = {}
         self._packs: dict[str, Mapping[bytes, Place]] = {}
         self._order: Gdsf[str] = Gdsf()
@@ -81,8 +84,6 @@ class PackDirectory:
         self._looked_at = -look_s
         self._seen_ns = (-1, -1)
         self._is_told = False
-        self.changes = 0
-        """Counts up with every pack that comes or goes."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -216,7 +217,7 @@ class PackDirectory:
 
     def learn(self, name: str, places: Mapping[bytes, Place], n_bytes: int) -> None:
         """A pack is here."""
-        self.changes += 1
+        self._touched(places)
         self._packs[name] = places
         for key, place in places.items():
             self.places.setdefault(key, (name, place))
@@ -250,8 +251,9 @@ class PackDirectory:
 
     def forget(self, name: str) -> None:
         """Its file is gone already."""
-        self.changes += 1
-        for key in self._packs.pop(name, ()):
+        places = self._packs.pop(name, {})
+        self._touched(places)
+        for key in places:
             if self.places.get(key, ("",))[0] == name:
                 del self.places[key]
         self._order.drop(name)
