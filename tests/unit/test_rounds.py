@@ -222,7 +222,7 @@ def test_a_part_whose_job_nobody_knows_is_ended() -> None:
     assert world.states("orphan")[-1] == "cancelled" and not world.started
 
 
-def test_parts_that_find_the_queue_full_are_tried_again_and_nobody_is_busy_meanwhile() -> None:
+def test_parts_that_find_the_queue_full_are_tried_again() -> None:
     config = SchedulerConfig(admission=AdmissionConfig(open_max=3))
     answer = lambda assign: work(assign) if assign.submit.tune else answer_of(assign)  # noqa: E731
     world = submitted(1, config=config, slots=1, service_s=3.0, answer=answer).run(0.1)
