@@ -73,6 +73,15 @@ def answer(events: list[Event]) -> str:
     return ended.text
 
 
+def finish(engine: ModelEngine) -> list[Event]:
+    events: list[Event] = []
+    for _ in range(1000):
+        if engine.due_s is None:
+            return events
+        events += engine.step()
+    raise AssertionError("somebody waits for ever")
+
+
 def fetched(engine: ModelEngine) -> int:
     assert engine.shared is not None
     return engine.shared.n_fetched_tokens
@@ -183,8 +192,7 @@ def test_the_first_layers_begin_while_the_last_are_on_their_way(world: World, ro
         patch.setattr(world.backbone, "_block", look)
         engine.step()
     assert come == [6, 12, 12, 18, 18] and len(keys.groups) == 3
-    while engine.due_s is not None:
-        engine.step()
+    finish(engine)
     assert fetched(engine) == 384
 
 
@@ -203,8 +211,7 @@ def test_what_stops_coming_is_read_here(
         events += engine.step()
     mesh.lost = set(mesh.entries)
     mesh.until = 1 << 30
-    while engine.due_s is not None:
-        events += engine.step()
+    events += finish(engine)
     assert answer(events) == world.alone(**asked(text + "what?", adapter)).text
     assert not mesh.open
 
@@ -221,8 +228,30 @@ def test_others_steps_go_on_while_one_waits(world: World) -> None:
     assert n_written == 20 and mesh.open[0].n_waits == 0  # nobody stood still
     mesh.until = 0
     engine.stop(Stop(task=TaskId("b"), attempt=1, reason="enough"))
-    while engine.due_s is not None:
-        engine.step()
+    finish(engine)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_who_began_early_begins_anew_if_the_rest_is_lost(world: World, is_alone: bool) -> None:
+    mesh, text = Mesh(), prompt(world, 1, 400)
+    read(world, mesh, text, "top")
+    engine = engine_of(world, mesh)
+    mesh.per_wait, mesh.until = 6, 6  # the rows that enter its cut
+    events = engine.start(run_of("b", **asked(text + "what?", "top")))
+    (attempt,) = engine._attempts.values()
+    while attempt.sequences[0].reading is None:
+        events += engine.step()
+    assert not attempt.sequences[0].reading.is_whole and not attempt.sequences[0].reading.n_entering
+    if not is_alone:
+        events += engine.start(run_of("busy", prompt="hello", max_tokens=500))
+    mesh.lost, mesh.until, mesh.per_wait = set(mesh.entries), 1 << 30, 1 << 30
+    mesh.open[0].wait(1 << 30, 0)
+    for _ in range(30):
+        events += engine.step()
+    assert answer(events) == world.alone(**asked(text + "what?", "top")).text
+    engine.stop(Stop(task=TaskId("busy"), attempt=1, reason="enough"))
+    finish(engine)
+    assert fetched(engine) == 0 and not mesh.open
 
 
 def test_who_begins_alike_waits_for_what_is_coming_and_finds_it(world: World) -> None:
@@ -270,8 +299,7 @@ def test_paused_and_resumed_while_it_waits_it_is_as_if_nothing_had_been(world: W
         events += engine.step()
     mesh.until = 1 << 30
     engine.resume(Resume(task=TaskId("b"), attempt=1))
-    while engine.due_s is not None:
-        events += engine.step()
+    events += finish(engine)
     assert answer(events) == world.alone(**asked(text + "what?")).text
 
 
@@ -340,8 +368,7 @@ def test_what_comes_too_slowly_is_given_up_but_for_the_blocks_that_are_whole(
     for _ in range(10):
         events += engine.step()
     mesh.now += 10
-    while engine.due_s is not None:
-        events += engine.step()
+    events += finish(engine)
     assert answer(events) == world.alone(**asked(text + "what?", adapter)).text
     assert fetched(engine) == 128 and not mesh.open
 

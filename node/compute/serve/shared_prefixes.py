@@ -139,7 +139,7 @@ class SharedPrefixes:
         """
         for sequence in sequences:
             reading, arrival = sequence.reading, self._arrivals.get(sequence)
-            if reading is not None and not reading.is_whole and arrival is not None:
+            if reading is not None and not reading.is_whole:
                 return lambda layer, arrival=arrival: _wait(arrival, layer)  # type: ignore[misc]
         return None
 
@@ -188,6 +188,6 @@ class SharedPrefixes:
             self._publisher.know(key for key in arrival.keys)
 
 
-def _wait(arrival: Arrival, layer: int) -> None:
-    if not arrival.wait_for(layer):
+def _wait(arrival: Arrival | None, layer: int) -> None:
+    if arrival is None or not arrival.wait_for(layer):
         raise LateError
