@@ -300,7 +300,7 @@ def test_a_coordinator_that_does_not_count_turns_the_epoch_checker_red() -> None
         return again if again.rank > current.rank else spec  # nodes take what outranks what they have
 
     target = "mesh.cache.ring.RingKeeper.next_spec"
-    planted(target, uncounted, over(ring_checkers.one_ring_per_epoch))
+    planted(target, uncounted, over(ring_checkers.one_ring_per_epoch), first=6)
 
 
 def test_a_coordinator_that_does_not_number_the_ring_anew_is_seen() -> None:
@@ -325,4 +325,5 @@ def test_a_node_that_does_not_say_its_version_on_a_new_broker_turns_the_catalogu
         mute,
         disagreements,
         lambda seed: storm(seed, is_hosted=True),
+        first=5,
     )
