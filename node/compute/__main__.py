@@ -35,6 +35,7 @@ from node.compute.backbone.precision import (
 from node.compute.echo import EchoEngine
 from node.compute.engine import Engine, Event
 from node.compute.features.link import MeshLink
+from node.compute.lean import leave_out_unused
 from node.compute.messages import (
     Adapters,
     Ended,
@@ -252,6 +253,7 @@ def _load(load: Load, say: Say, pace: Pace, link: MeshLink | None) -> _Loaded:
     why_top = _why_top(load, directory, home)  # what cannot fit is refused before seconds of importing
     progress(f"loading {source.display}", 0.0)
 
+    leave_out_unused()
     import torch
     from transformers import AutoConfig
 

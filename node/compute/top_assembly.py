@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def top_engine(
     top = TopBackbone(directory, config, device, load.top_layers)
     shelf = Shelf(Path(load.adapters_dir), facts, load.adapter_bytes, device=device)
     parts = _Parts(load, directory, digest, config.hidden_size, threads, clock, link)
-    return TopEngine(names, top, Tokens(directory), shelf, parts, threads, clock)
+    return TopEngine(names, top, cache(lambda: Tokens(directory)), shelf, parts, threads, clock)
 
 
 def top_rates(config: Any, top_layers: int) -> NodeRates:

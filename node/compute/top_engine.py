@@ -94,7 +94,10 @@ class _Attempt:
 
 
 class TopEngine:
-    """See ``node.compute.engine.Engine``. ``top`` has the layers; ``names`` are all names of the model."""
+    """See ``node.compute.engine.Engine``. ``top`` has the layers; ``names`` are all names of the model.
+
+    ``tokens`` gives the tokenizer, which a node that only tunes does without between two jobs.
+    """
 
     slots = SLOTS
 
@@ -102,7 +105,7 @@ class TopEngine:
         self,
         names: Sequence[str],
         top: TopBackbone,
-        tokens: Tokens,
+        tokens: Callable[[], Tokens],
         shelf: Shelf,
         parts: TopParts,
         threads: int = 1,
@@ -186,7 +189,7 @@ class TopEngine:
         assert self._top.first_layer <= cut, "adapters that begin lower are not offered"
         cut = min(cut, self._top.n_layers - 1)  # one that changes the head alone
         texts = Texts(
-            run, adapter, self._tokens, cast(Backbone, self._top), self._clock, make_sequence=FedSequence
+            run, adapter, self._tokens(), cast(Backbone, self._top), self._clock, make_sequence=FedSequence
         )
         spec = FeaturesSpec(
             top_layers=self._top.n_layers - cut,

@@ -1,9 +1,10 @@
 """One tuning task on a node that holds the top layers, in a process of its own: prints its peak memory in MB.
 
-python -m tests.benchmarks.hold_top_memory N_TRAIN PLACE MADE
+python -m tests.benchmarks.hold_top_memory PLACE MADE
 
 The engine is the one of ``edgemesh join --hold top``, with everything it has besides; feature maps are in
-PLACE as peers would have sent them, and MADE is what the task that made them said (JSON).
+PLACE as peers would have sent them, with the records that the task brings; MADE is what the task that made
+them said (JSON).
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from pathlib import Path
 
 from mesh.ids import TaskId
 from mesh.messages import FeaturesHeld, Submit, TuneSpec
+from node.compute.lean import leave_out_unused
 from node.compute.messages import Ended, FeaturesGiven, Load, NeedFeatures, Run
 from node.compute.models import read_manifest
-from node.compute.top_assembly import top_engine
 from node.profile import physical_cores
-from tests.benchmarks.cached import prepared_model
 from tests.benchmarks.datasets import load
-from tests.benchmarks.tune_memory import peak_mb
 
-__all__ = ["TOP_LAYERS", "load_in", "spec_of"]
+__all__ = ["RECORDS", "TOP_LAYERS", "load_in", "records_of", "spec_of"]
+
+RECORDS = "records.jsonl"
 
 TOP_LAYERS = 4
 
@@ -38,14 +39,21 @@ def load_in(place: Path) -> Load:
     )
 
 
-def spec_of(n_train: int) -> TuneSpec:
-    """One epoch on texts of R8, as the full LoRA of ``tune_memory`` trains."""
+def records_of(n_train: int) -> str:
+    """Texts of R8, as the full LoRA of ``tune_memory`` trains on them."""
     split = load("r8", n_train=n_train, n_test=8)
-    lines = [json.dumps({"text": item.text, "label": item.label}) for item in split.train]
-    return TuneSpec(adapter="bench", data="\n".join(lines), top_layers=TOP_LAYERS, epochs=1, max_tokens=256)
+    return "\n".join(json.dumps({"text": item.text, "label": item.label}) for item in split.train)
 
 
-def run(n_train: int, place: Path, made: FeaturesHeld) -> None:
+def spec_of(records: str) -> TuneSpec:
+    return TuneSpec(adapter="bench", data=records, top_layers=TOP_LAYERS, epochs=1, max_tokens=256)
+
+
+def run(place: Path, made: FeaturesHeld) -> None:
+    leave_out_unused()  # as the compute process does, before anything brings transformers
+    from node.compute.top_assembly import top_engine
+    from tests.benchmarks.cached import prepared_model
+
     directory = prepared_model()
     manifest = read_manifest(directory)
     assert manifest is not None
@@ -53,7 +61,8 @@ def run(n_train: int, place: Path, made: FeaturesHeld) -> None:
         load_in(place), ["smollm2-135m"], directory, manifest.weights_sha256, "cpu", physical_cores()
     )
     task = TaskId("bench")
-    events = engine.start(Run(task=task, attempt=1, submit=Submit(kind="tune", tune=spec_of(n_train))))
+    submit = Submit(kind="tune", tune=spec_of((place / RECORDS).read_text()))
+    events = engine.start(Run(task=task, attempt=1, submit=submit))
     while True:
         for event in events:
             if isinstance(event, NeedFeatures):
@@ -65,5 +74,7 @@ def run(n_train: int, place: Path, made: FeaturesHeld) -> None:
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), Path(sys.argv[2]), FeaturesHeld(**json.loads(sys.argv[3])))
+    run(Path(sys.argv[1]), FeaturesHeld(**json.loads(sys.argv[2])))
+    from tests.benchmarks.tune_memory import peak_mb
+
     print(peak_mb())

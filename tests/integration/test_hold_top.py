@@ -13,9 +13,9 @@ import pytest
 
 from mesh.ids import MeshName
 from node.local_mesh import LocalMesh
-from tests.integration.test_second_node import uncached
 from tests.integration.test_tune_cli import LONG_S, Shell, records, told
 from tests.tiny import tiny_llama
+from tests.tuning import job, memory, run, source, spec
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -27,6 +27,15 @@ TOP = ("--hold", "top", "--top-layers", "2", "--feature-disk", "0")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", layers=4)
+
+
+def uncached(tiny: Path, work: Path, data: Path, seed: int) -> str:
+    """The digest of the same adapter, from features computed here and now by a whole model."""
+    wish = spec(data=data.read_text(), task="classify", top_layers=2, rank=2, epochs=2, seed=seed, batch=16)
+    tuning = job(tiny, work, wish, maps_factory=source(tiny, memory()))
+    run(tuning)
+    assert tuning.result is not None
+    return tuning.result.digest
 
 
 async def asked(mesh: LocalMesh, *arguments: str) -> tuple[int, Any, str]:
@@ -76,9 +85,9 @@ async def test_it_tunes_and_reads_texts_from_maps_that_others_make_and_leaves_an
         async with aiomqtt.Client("127.0.0.1", hosted["plain_port"]) as client:
             await client.subscribe(f"{base}/+/result", qos=1)
             shell = Shell(client, base)
-            spec = {"adapter": "asked", "task": "classify", "top_layers": 2, "rank": 2, "epochs": 2}
-            spec |= {"data": fresh.read_text(), "holders": [weak.id], "seed": 6}
-            result = await shell.ends("on-request", kind="tune", tune=spec)
+            wish = {"adapter": "asked", "task": "classify", "top_layers": 2, "rank": 2, "epochs": 2}
+            wish |= {"data": fresh.read_text(), "holders": [weak.id], "seed": 6}
+            result = await shell.ends("on-request", kind="tune", tune=wish)
             assert (result["state"], result["node"]) == ("done", weak.id), result["reason"]
             assert result["output"]["adapter"]["digest"] == uncached(tiny, tmp_path / "b", fresh, 6)
 

@@ -56,6 +56,7 @@ WITHOUT_TORCH = tuple(
         "__init__",
         "echo",
         "engine",
+        "lean",
         "messages",
         "models",
         "outbox",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +11,7 @@ from mesh.errors import ConfigError
 from node.compute.backbone.contract import Backbone
 from node.compute.backbone.generic import GenericBackbone
 from node.compute.backbone.llama import LlamaBackbone
+from node.compute.lean import give_back
 
 __all__ = ["best_device", "load_backbone"]
 
@@ -34,7 +32,7 @@ def load_backbone(directory: Path, device: str = "cpu", precision: str = "fp32")
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if LlamaBackbone.can_run(config):
         backbone = LlamaBackbone(directory, config, device, precision)
-        _give_back()
+        give_back()
         return backbone
     if precision in ("int8", "int4"):
         raise ConfigError(
@@ -42,10 +40,3 @@ def load_backbone(directory: Path, device: str = "cpu", precision: str = "fp32")
             "(Llama, Mistral, Qwen2): choose --precision fp32 or bf16"
         )
     return GenericBackbone(directory, device, precision)
-
-
-def _give_back() -> None:
-    """What quantizing needed for a moment: glibc would keep it (measured: 0.3 GB after loading in 4 bits)."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)

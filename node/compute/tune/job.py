@@ -25,6 +25,7 @@ from mesh.ids import TaskId
 from mesh.messages import AdapterCard, FeaturesHeld, Output, TaskProgress, TuneSpec
 from node.compute.adapters.card import Card, digest_of, read_card, write_card
 from node.compute.features.maps import FeatureMaps
+from node.compute.lean import give_back
 from node.compute.tune import auto
 from node.compute.tune.batches import Example, TuneTokens, encoded, rows_per_piece
 from node.compute.tune.checkpoint import Checkpoints
@@ -232,6 +233,9 @@ class TuneJob:
                 evaluation.append(found)
                 if len(evaluation) % _TEXTS_PER_LOOK == 0:
                     yield
+        # It takes as much memory as a layer or two, and training is where most is needed.
+        del tokens
+        give_back()
         top_layers, why = spec.top_layers, ""
         if place is not None:
             top_layers, why = place.top_layers, place.why
@@ -338,6 +342,7 @@ class TuneJob:
         if self._kind != "classify":
             return
         start = yield from start_classifier(trainer, examples, n_labels)
+        give_back()
         self._tell(f"starts at {start.accuracy:.1%} on records left out, solved in closed form")
 
     def _train(
