@@ -98,6 +98,8 @@ def running(state: StateDir, name: str) -> None:
         (GOOD, ["--top-layers", "0"], "top_layers must be from 1"),
         (GOOD, ["--epochs", "0"], "epochs must be from 1"),
         (GOOD, ["--rank", "0"], "rank must be from 1"),
+        (GOOD, ["--nodes", "0"], "nodes must be from 1"),
+        (GOOD, ["--nodes", "3"], "2 records cannot be split among --nodes 3"),
         (GOOD, ["--learning-rate", "-1"], "learning_rate must be a positive"),
         (GOOD, ["--feature-error", "1"], "feature_error must be from 0"),
         (GOOD, ["--deadline", "0"], "deadline_s must be a positive"),
@@ -161,11 +163,12 @@ def test_small_data_travel_with_the_task_and_every_option_arrives(
         "--targets", "q_proj,v_proj",
         "--targets", "o_proj", "--learning-rate", "0.001", "--batch", "2", "--seed", "9",
         "--max-tokens", "64", "--feature-error", "0.02", "--deadline", "60", "--value", "3",
-        "--model", "tiny", "--id", "job-1",
+        "--model", "tiny", "--id", "job-1", "--nodes", "2",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     (sent,) = mesh.sent
     spec = sent.tune
+    assert spec is not None and (spec.nodes, spec.part) == (2, None)
     assert spec is not None and (spec.data, spec.eval_data) == ((GOOD + b"{}\n").decode(), GOOD.decode())
     assert (spec.holders, spec.data_sha256, spec.eval_sha256, spec.skip_bad) == ([], None, None, True)
     assert (spec.top_layers, spec.epochs, spec.method, spec.rank, spec.alpha) == (3, 7, "dora", 4, 2.0)
