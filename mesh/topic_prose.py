@@ -122,6 +122,8 @@ adapter, to the bit, also after an interruption.
 | `seed` | integer | 0 | of order and initial weights |
 | `max_tokens` | integer | 512 | a longer record is cut |
 | `feature_error` | number | 0 | largest relative error accepted in a cached feature map; 0 keeps them exact |
+| `nodes` | integer | 1 | trained in so many parts at once, averaged after each epoch; another number is another adapter |
+| `part` | – | – | the coordinator's own: leave it out |
 """
 
 REPLIES = """\
