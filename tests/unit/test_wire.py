@@ -459,8 +459,9 @@ def test_public_json_is_what_a_person_would_expect() -> None:
 
 def test_every_field_of_a_submission_has_a_sentence_for_a_wrong_type() -> None:
     assert "tune must be an object or null, got a list" in reason({"kind": "tune", "tune": []})
+    assert "features must be an object or null, got a list" in reason({"kind": "features", "features": []})
     for field in fields(Submit):
-        if field.name == "tune":
+        if field.name in ("tune", "features"):
             continue
         said = reason({"prompt": "hi", field.name: {}})
         assert said.startswith(f"{field.name} must be ") and "got an object" in said, said
