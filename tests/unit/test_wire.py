@@ -469,5 +469,7 @@ def test_every_field_of_a_submission_has_a_sentence_for_a_wrong_type() -> None:
 
 def test_every_field_of_what_to_tune_has_a_sentence_for_a_wrong_type() -> None:
     for field in fields(TuneSpec):
+        if field.name == "part":  # an object itself, whose first missing field is named
+            continue
         said = reason({"kind": "tune", "tune": {"adapter": "x", "data": "{}", field.name: {}}})
         assert said.startswith(f"tune.{field.name} must be ") and "got an object" in said, said
