@@ -89,6 +89,7 @@ class Rounds:
         self._held: dict[bytes, Known] = {}  # as last told
         self._fresh: dict[bytes, Known] = {}  # new here, and not yet offered to their owners
         self._unproven: dict[bytes, None] = {}  # held, and not known to lie with all owners
+        self._offered: set[bytes] = set()  # of these, since the last whole sweep; bound: held
         self._must_sweep = False
         self._sweep_at = clock()
         self._quotas: Mapping[NodeId, int] = {}
@@ -152,6 +153,7 @@ class Rounds:
             del self._held[key]
             self._fresh.pop(key, None)
             self._unproven.pop(key, None)
+            self._offered.discard(key)
         self._held |= {key: known for key, known in news.items() if known is not None}
         self._unproven |= dict.fromkeys(added)
         received = self._share.take_received()
@@ -211,6 +213,7 @@ class Rounds:
             if not self._is_alone:
                 if self._must_sweep or moves.wants_sweep(now) or (moves.is_idle and now >= self._sweep_at):
                     self._begin_sweep(self._held.values(), now)
+                    self._offered.clear()
                     self._sweep_at = now + moves.config.sweep_s
                     self._start(self._share.reweigh(), "cache.reweigh")
                 elif self._fresh and moves.is_idle:
@@ -295,6 +298,7 @@ class Rounds:
         lot = list(self._unproven)[:PROVE_LOT]
         asked: dict[NodeId, list[bytes]] = {}
         waiting: set[bytes] = set()
+        offered: dict[bytes, Known] = {}
         for key in lot:
             for owner in view.owners(key):
                 if owner == self._me:
@@ -302,7 +306,11 @@ class Rounds:
                 if claims(owner, key):
                     asked.setdefault(owner, []).append(key)
                 else:
-                    waiting.add(key)  # a sweep sends it
+                    waiting.add(key)
+                    if key not in self._offered:  # it was not sent while its owner seemed to have it
+                        self._offered.add(key)
+                        offered[key] = self._held[key]
+        self._fresh |= offered
         n_lacking = 0
         for owner, keys in asked.items():
             holder = self._where(owner)
@@ -317,7 +325,7 @@ class Rounds:
         for key in lot:
             if self._unproven.pop(key, key) is None and key in waiting and key in self._held:
                 self._unproven[key] = None  # its turn comes after all others'
-        if n_lacking:
+        if n_lacking or offered:
             log.debug("cache_proof lacking=%d of=%d", n_lacking, len(lot))
             self._wake.set()
         return len(waiting) < len(lot) or n_lacking > 0

@@ -1,4 +1,4 @@
-"""What a task read of the mesh's feature maps, in few words: enough to ask any node how many of them it has."""
+"""What a task read of the mesh's feature maps, in few words: enough to ask any node how much of it it has."""
 
 from __future__ import annotations
 
