@@ -51,7 +51,7 @@ class TunePart:
     profile: str = ""
     """How features are computed, the same for all parts; empty for ``begin``."""
     threads: int = 1
-    """Of every part, wherever it runs: sums are split among threads, so their number is part of the result."""
+    """Of every part, wherever it is: sums are split among threads, and their number is part of the result."""
     starts: list[str] = field(default_factory=list)
     """Digests of the states of the round before, in the order of parts; empty in round 0."""
 
