@@ -33,7 +33,7 @@ from tests.places import ROOT
 
 
 def measure(options: Options) -> Iterator[Metric]:
-    n_train, n_times = (16, 1) if options.quick else (96, 3)
+    n_train, n_times = (16, 1) if options.quick else (96, options.seeds or 3)
     with tempfile.TemporaryDirectory() as place:
         made = _made(Path(place), n_train)
         peaks: dict[str, list[float]] = {"full": [], "top": [], "imports": []}
