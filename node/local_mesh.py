@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,14 @@ Event = dict[str, Any]
 
 EVENTS_KEPT = 10_000  # about 2 MB; a node says a few lines a minute
 STOP_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """In the new process: whoever started this mesh may be killed, and nobody else would end its nodes."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class NodeProcess:
@@ -204,6 +213,7 @@ class LocalMesh:
             env=self.environment,
             limit=1024 * 1024,
             start_new_session=True,  # Ctrl-C at the demo is ours to pass on
+            preexec_fn=_end_with_parent,
         )
         node = NodeProcess(process, started_at)
         self.nodes.append(node)

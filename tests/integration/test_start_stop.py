@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -79,6 +80,35 @@ async def test_a_download_ends_with_the_node_that_wanted_it(
             node.signal(number)
             await until(lambda: not processes_of(tmp_path), "the end of every process")
     assert list(temporary.iterdir()) == [], "what it had fetched lies where the next start clears it"
+
+
+_MESH_OF_ITS_OWN = """\
+import asyncio, sys
+from pathlib import Path
+from mesh.ids import MeshName
+from node.local_mesh import LocalMesh
+
+async def main():
+    async with LocalMesh(Path(sys.argv[1]), MeshName("left"), flags=("--no-compute",)) as mesh:
+        await mesh.start_many(2)
+        print("up", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+async def test_nodes_of_a_demo_that_was_killed_end_too(tmp_path: Path) -> None:
+    demo = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _MESH_OF_ITS_OWN, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    assert demo.stdout is not None
+    async with asyncio.timeout(30):
+        assert await demo.stdout.readline() == b"up\n"
+    demo.kill()
+    await demo.wait()
+    await until(lambda: not processes_of(tmp_path), "the end of every process")
 
 
 # ── pieces ──────────────────────────────────────────────────────────────────────────────────────────
