@@ -74,7 +74,10 @@ class Mesh:
                 if asked.is_acknowledged and not asked.is_over
             ]
             return f"acknowledged, and no result came: {missing}"
-        if not world.run_until(lambda: not disks_agree(self.disks), within_s=within_s):
+        # One may have been acknowledged since: its result is on its way.
+        if not world.run_until(
+            lambda: self.are_clients_content and not disks_agree(self.disks), within_s=within_s
+        ):
             return f"disks differ: {disks_agree(self.disks)}"
         return None
 
