@@ -85,11 +85,12 @@ class EngineShell:
         self._service_s = service_s
         self._failure_p = failure_p
         self._engines: dict[str, _Engine] = {}  # by boot
+        self.slots_max = 3
         self.quotas: Mapping[str, int] = {}
         """What nodes give to the mesh's memory, in bytes: nothing, unless a world says so."""
 
     def on_start(self, life: Life) -> None:
-        self._engines[life.boot] = _Engine(slots=self._rng.randint(1, 3))
+        self._engines[life.boot] = _Engine(slots=self._rng.randint(1, self.slots_max))
         life.world.queue.after(self._rng.uniform(0.1, 2.0), self._load, life)
         self._report(life)
 

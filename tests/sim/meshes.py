@@ -116,6 +116,7 @@ def mesh_world(
     length_s: float = 30.0,
     is_hosted: bool = False,
     is_shared: bool = False,
+    slots_max: int = 3,
 ) -> Mesh:
     """Sizes (1 to 9), faults, load and the speed of engines are drawn, unless given.
 
@@ -127,6 +128,7 @@ def mesh_world(
     drawn = draw_faults(rng, one_at_a_time=one_at_a_time, brokers=n_brokers)
     shell_type = HostingShell if is_hosted else EngineShell
     shell = shell_type(seed, service_s=rng.choice((0.05, 0.5, 2.0)), failure_p=rng.choice((0.0, 0.0, 0.1)))
+    shell.slots_max = slots_max
     shell.quotas = quotas_of(n_nodes) if is_shared else {}
     world = World(
         seed,
