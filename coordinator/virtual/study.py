@@ -6,8 +6,9 @@ theirs; seeds differ in everything drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 from coordinator.policy.policies import Policy
 from coordinator.virtual.devices import NodeSpec
@@ -16,7 +17,7 @@ from coordinator.virtual.metrics import Interval, RunMetrics, interval
 from coordinator.virtual.traces import Request
 from coordinator.virtual.workload import Mix, VirtualTask, at_load, tasks_of
 
-__all__ = ["Cell", "Progress", "Source", "Study"]
+__all__ = ["Case", "Cell", "Progress", "Source", "Study"]
 
 Source = Callable[[int], Sequence[Request]]
 """Requests of one seed; a trace gives the same for all."""
@@ -40,6 +41,20 @@ class Cell:
         return interval(getattr(run, metric) for run in self.runs)
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run. ``policy`` is its place in ``Study.policies``."""
+
+    mesh: str
+    load: float | None
+    policy: int
+    seed: int
+
+
+_DRAWN_MAX = 8
+"""Sets of tasks kept: 8 MB each for a trace of 20,000 requests."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """What to compare. Cells come in the order mesh, load, policy."""
@@ -53,29 +68,50 @@ class Study:
     """``None`` keeps the times of the source."""
     seeds: Sequence[int]
     failover_every_s: float | None = None
+    _drawn: dict[tuple[int, float | None], list[VirtualTask]] = field(default_factory=dict, init=False)
 
-    def cells(self, progress: Progress | None = None) -> Iterator[Cell]:
-        """Run everything, cell by cell.
+    @property
+    def cases(self) -> list[Case]:
+        """Every run there is, in the order of the cells."""
+        return [
+            Case(mesh, load, policy, seed)
+            for mesh in self.meshes
+            for load in self.loads
+            for policy in range(len(self.policies))
+            for seed in self.seeds
+        ]
+
+    def run(self, case: Case, progress: Progress | None = None) -> RunMetrics:
+        """One case; it depends on no other, so they may run anywhere and in any order.
 
         Raises:
             ValueError: The tasks of a seed all arrive at one instant, so that there is no load to speak of.
         """
-        reference = next(iter(self.meshes.values()))
-        for mesh, nodes in self.meshes.items():
+        return run(
+            self._tasks_of(case),
+            self.meshes[case.mesh],
+            self.policies[case.policy],
+            failover_every_s=self.failover_every_s,
+            progress=progress,
+        )
+
+    def cells(self, runs: Iterable[RunMetrics]) -> Iterator[Cell]:
+        """What came out, cell by cell. ``runs``: of all ``cases``, in their order."""
+        made = iter(runs)
+        for mesh in self.meshes:
             for load in self.loads:
-                by_seed = {seed: self._tasks(seed, load, reference) for seed in self.seeds}
                 for policy in self.policies:
-                    runs = tuple(
-                        run(
-                            by_seed[seed],
-                            nodes,
-                            policy,
-                            failover_every_s=self.failover_every_s,
-                            progress=progress,
-                        )
-                        for seed in self.seeds
-                    )
-                    yield Cell(mesh=mesh, load=load, policy=policy.name, runs=runs)
+                    mine = tuple(islice(made, len(self.seeds)))
+                    yield Cell(mesh=mesh, load=load, policy=policy.name, runs=mine)
+
+    def _tasks_of(self, case: Case) -> list[VirtualTask]:
+        """Policies and meshes get the same tasks: the last few sets are kept."""
+        key = (case.seed, case.load)
+        if key not in self._drawn:
+            if len(self._drawn) >= _DRAWN_MAX:
+                self._drawn.pop(next(iter(self._drawn)))
+            self._drawn[key] = self._tasks(case.seed, case.load, next(iter(self.meshes.values())))
+        return self._drawn[key]
 
     def _tasks(self, seed: int, load: float | None, reference: Sequence[NodeSpec]) -> list[VirtualTask]:
         tasks = tasks_of(self.source(seed), self.mix, seed, reference)

@@ -61,6 +61,8 @@ _SAME_MESH = "mesh"
 @click.option("--limit", type=click.IntRange(2), metavar="TASKS", help="Only so many, from the first.")
 @click.option("--failover", "failover_every_s", type=click.FloatRange(3.0), metavar="SECONDS",
               help="The coordinator dies so often.")  # fmt: skip
+@click.option("--jobs", "n_jobs", type=click.IntRange(1), metavar="N",
+              help="Runs at once [default: one a core].")  # fmt: skip
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE.png",
               help="Draw timeouts and value, too (needs the extra 'plot').")  # fmt: skip
 @as_json
@@ -78,8 +80,9 @@ def sim(is_json: bool, plot_file: Path | None, **options: Any) -> None:
         from node.faces.sim_plot import require_matplotlib
 
         require_matplotlib()
+    n_jobs = options.pop("n_jobs")
     study = _study(options)
-    cells = _run(study)
+    cells = _run(study, n_jobs)
     if is_json:
         click.echo(json.dumps(_plain(study, cells), indent=1))
     else:
@@ -94,14 +97,15 @@ def sim(is_json: bool, plot_file: Path | None, **options: Any) -> None:
         plot(cells, _title(options, study), plot_file)
 
 
-def _run(study: Study) -> list[Cell]:
+def _run(study: Study, n_jobs: int | None) -> list[Cell]:
     from node.faces.sim_progress import SimProgress
+    from node.simulating import cores, runs_of
 
     n_runs = len(study.meshes) * len(study.loads) * len(study.policies)
     n_tasks = n_runs * sum(len(study.source(seed)) for seed in study.seeds)
     try:
         with SimProgress(n_tasks) as progress:
-            return list(study.cells(progress.went_on))
+            return list(study.cells(runs_of(study, progress.went_on, n_jobs or cores())))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
