@@ -53,9 +53,9 @@ async def test_it_tunes_and_reads_texts_from_maps_that_others_make_and_leaves_an
         (host,) = await mesh.start_many(1, "--no-compute")
         hosted = await host.wait_for("broker_hosted", LONG_S)
         strong = await mesh.start("--model", str(tiny))
-        await strong.wait_for("engine_ready", LONG_S)
         weak = await mesh.start("--model", str(tiny), *TOP)
-        await weak.wait_for("engine_ready", LONG_S)
+        for node in (strong, weak):
+            await node.wait_for("engine_ready", LONG_S)
 
         _, nodes, _ = await asked(mesh, "nodes")
         about = {row["node"]: row for row in nodes}

@@ -1,4 +1,8 @@
-"""One job on two real nodes, and the same once more with one of them killed in the middle."""
+"""One job on two real nodes, and the same once more with one of them killed in the middle.
+
+Run by ``make test-long``: that parts give one adapter whoever does them, some twice, and that a round goes on
+without a node, ``make test`` proves in one process (``test_tune_nodes``, ``tests/unit/test_rounds.py``).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from tests.integration.meshes import coordinator_of
 from tests.integration.test_tune_cli import LONG_S, line_where, records, started, told
 from tests.tiny import tiny_llama
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

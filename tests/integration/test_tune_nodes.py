@@ -80,7 +80,7 @@ def whole(model: Path, work: Path, wish: TuneSpec, rng: Random | None = None) ->
 # ── one adapter ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize("nodes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_whoever_does_the_parts_in_whatever_order_the_adapter_is_the_same(
     nodes: int, model: Path, tmp_path: Path
 ) -> None:
