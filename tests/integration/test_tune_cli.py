@@ -82,7 +82,13 @@ async def started(mesh: LocalMesh, *arguments: str) -> asyncio.subprocess.Proces
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=mesh.environment,
+        preexec_fn=_heeds_ctrl_c,
     )
+
+
+def _heeds_ctrl_c() -> None:
+    """A suite that runs in the background of a script ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def line_where(process: asyncio.subprocess.Process, wanted: Any) -> dict[str, Any]:
@@ -182,13 +188,14 @@ async def test_a_killed_process_costs_time_and_not_a_bit_of_the_adapter(tmp_path
     data = tmp_path / "data.jsonl"
     data.write_text(records(32))
     async with local_mesh(tmp_path / "state", 1, model=str(tiny)) as mesh:
-        code, out, err = await mesh.run(*tune(data, "calm", "--epochs", "8"), timeout_s=LONG_S)
+        code, out, err = await mesh.run(*tune(data, "calm", "--epochs", "24"), timeout_s=LONG_S)
         assert code == 0, err
         digest = told(out)[1]["output"]["adapter"]["digest"]
 
-        command = await started(mesh, *tune(data, "shot", "--epochs", "8"))
-        await line_where(command, lambda one: one.get("phase") == "training" and one["epoch"] >= 1)
         child = await compute_child(mesh.nodes[0])
+        command = await started(mesh, *tune(data, "shot", "--epochs", "24"))
+        # Progress is said four times a second, and a calm machine takes fifteen steps meanwhile, of 48.
+        await line_where(command, lambda one: one.get("phase") == "training")
         child.send_signal(signal.SIGKILL)
         result = await line_where(command, lambda one: one["type"] == "TaskResult")
         await command.communicate()
@@ -209,7 +216,8 @@ async def test_a_tuning_task_ends_at_its_deadline_and_when_its_client_has_enough
         command = await started(mesh, *tune(data, "enough", "--epochs", "9999"))
         await line_where(command, lambda one: one.get("phase") == "training")
         os.kill(command.pid, signal.SIGINT)
-        _, talk = await command.communicate()
+        async with asyncio.timeout(LONG_S):
+            _, talk = await command.communicate()
         assert command.returncode == 130 and "the same command goes on" in talk.decode()
         code, out, err = await mesh.run("tasks", "--json")
         assert sorted(one["state"] for one in json.loads(out)) == ["cancelled", "expired"]
