@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mesh.transport.bulk.blobs import Block, Buffer, PutVerdict
+from mesh.transport.bulk.directory import OpenFile
 from mesh.transport.bulk.store import BlobReader, BlobStore
 
 __all__ = ["FileBlobs", "WithFiles"]
@@ -37,7 +37,7 @@ class FileBlobs:
                     return _Bytes(content)
                 case Path() as path:
                     try:
-                        return await asyncio.to_thread(_File, path)
+                        return await asyncio.to_thread(OpenFile, path)
                     except OSError as error:
                         log.info("cannot give %s: %s", path.name, error)
                 case None:
@@ -78,19 +78,3 @@ class _Bytes:
 
     def close(self) -> None:
         pass
-
-
-class _File:
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._fd).st_size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    async def read(self, start: int, n_bytes: int) -> Buffer:
-        return await asyncio.to_thread(os.pread, self._fd, n_bytes, start)
-
-    def close(self) -> None:
-        os.close(self._fd)

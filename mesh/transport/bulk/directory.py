@@ -33,7 +33,7 @@ from mesh.transport.bulk.blobs import (
 )
 from mesh.units import MIB, bytes_text
 
-__all__ = ["DirectoryStore", "FileSink"]
+__all__ = ["DirectoryStore", "FileSink", "OpenFile"]
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class DirectoryStore:
 
     # ── serving ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, digest: bytes) -> _OpenFile | None:
+    async def open(self, digest: bytes) -> OpenFile | None:
         return await asyncio.to_thread(self._open, digest)
 
     async def get_many(self, keys: Sequence[bytes], bytes_max: int) -> list[Block | int | None]:
@@ -124,9 +124,9 @@ class DirectoryStore:
     def _scratch(self) -> Path:
         return self._root / "scratch" / secrets.token_hex(8)
 
-    def _open(self, digest: bytes) -> _OpenFile | None:
+    def _open(self, digest: bytes) -> OpenFile | None:
         try:
-            return _OpenFile(self._path("blobs", digest))
+            return OpenFile(self._path("blobs", digest))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -235,7 +235,13 @@ class DirectoryStore:
         self._is_full_said = True
 
 
-class _OpenFile:
+class OpenFile:
+    """Implements ``BlobReader``: one file, readable also when it is removed meanwhile.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self._fd).st_size
