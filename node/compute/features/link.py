@@ -439,7 +439,7 @@ class MeshLink:
                 self._n_held_bytes += size
             start += size
         fetch._n_settled = end
-        fetch._is_over = end == len(fetch.keys)
+        fetch._is_over = fetch._is_over or end == len(fetch.keys)
         fetch.changed_at = self._clock()
 
     def _wait_for_room(self) -> None:
