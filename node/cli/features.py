@@ -16,7 +16,7 @@ from mesh.errors import ConfigError, TaskError
 from mesh.units import bytes_text, seconds_text
 from node.cli.ask import REACH_TO_ASK, as_json_line, harmless, state_code
 from node.cli.options import Chosen, as_json, choose, end_with, settings_flags
-from node.cli.records import TASKS, RecordsFile, guessed_task, placed, read_data
+from node.cli.records import TASKS, placed, read_records_of
 from node.cli.tune import followed
 
 if TYPE_CHECKING:
@@ -96,12 +96,7 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
     from mesh.ids import new_task_id
     from mesh.messages import FeaturesSpec, Submit, TuneSpec
 
-    content = read_data(options["data"])
-    task = options["task"] or guessed_task(options["data"], content)
-    data = RecordsFile.of(options["data"], content, task, options["skip_bad"])
-    evaluation: RecordsFile | None = None
-    if (path := options["eval_path"]) is not None:
-        evaluation = RecordsFile.of(path, read_data(path), task, options["skip_bad"])
+    task, data, evaluation = read_records_of(options)
     try:
         spec = TuneSpec(
             adapter="none",  # the maps are the same for all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mesh.messages import TuneTask
     from node.compute.tune.records import Records
 
-__all__ = ["TASKS", "RecordsFile", "guessed_task", "placed", "read_data"]
+__all__ = ["TASKS", "RecordsFile", "placed", "read_records_of"]
 
 TASKS = ("classify", "chat", "complete")
 
@@ -35,7 +36,22 @@ class RecordsFile:
         return RecordsFile(path, content, read_records(content, task, skip_bad=skip_bad, name=str(path)))
 
 
-def read_data(path: Path) -> bytes:
+def read_records_of(options: Mapping[str, Any]) -> tuple[TuneTask, RecordsFile, RecordsFile | None]:
+    """What ``--data``, ``--eval``, ``--task`` and ``--skip-bad`` name: the task, the records, and those to
+    evaluate by.
+
+    Raises:
+        ConfigError: A file cannot be read, or a record is wrong; the text has its line.
+    """
+    content = _read_data(options["data"])
+    task = options["task"] or _guessed_task(options["data"], content)
+    data = RecordsFile.of(options["data"], content, task, options["skip_bad"])
+    if (path := options["eval_path"]) is None:
+        return task, data, None
+    return task, data, RecordsFile.of(path, _read_data(path), task, options["skip_bad"])
+
+
+def _read_data(path: Path) -> bytes:
     from node.compute.tune.records import DATA_BYTES_MAX
 
     try:
@@ -49,7 +65,7 @@ def read_data(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from error
 
 
-def guessed_task(path: Path, content: bytes) -> TuneTask:
+def _guessed_task(path: Path, content: bytes) -> TuneTask:
     """What the first record that says anything is for.
 
     Raises:

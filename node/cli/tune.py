@@ -18,7 +18,7 @@ from mesh.errors import ConfigError, TaskError
 from mesh.units import seconds_text
 from node.cli.ask import REACH_TO_ASK, as_json_line, harmless, state_code
 from node.cli.options import Chosen, as_json, choose, end_with, settings_flags
-from node.cli.records import TASKS, RecordsFile, guessed_task, placed, read_data
+from node.cli.records import TASKS, RecordsFile, placed, read_records_of
 
 if TYPE_CHECKING:
     from mesh.messages import Submit, TaskResult, TaskStatus
@@ -106,12 +106,7 @@ def _request(chosen: Chosen, options: dict[str, Any]) -> Submit:
     from mesh.messages import Submit, TuneSpec
     from node.compute.tune.records import same_labels
 
-    content = read_data(options["data"])
-    task = options["task"] or guessed_task(options["data"], content)
-    data = RecordsFile.of(options["data"], content, task, options["skip_bad"])
-    evaluation: RecordsFile | None = None
-    if (path := options["eval_path"]) is not None:
-        evaluation = RecordsFile.of(path, read_data(path), task, options["skip_bad"])
+    task, data, evaluation = read_records_of(options)
     same_labels(data.records, evaluation.records if evaluation is not None else data.records)
     try:
         spec = TuneSpec(

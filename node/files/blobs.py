@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mesh.transport.bulk.blobs import Block, Buffer, PutVerdict
-from mesh.transport.bulk.directory import OpenFile
+from mesh.transport.bulk.files import OpenFile
 from mesh.transport.bulk.store import BlobReader, BlobStore
 
 __all__ = ["FileBlobs", "WithFiles"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from mesh.errors import DecodeError
 from mesh.transport.bulk.blobs import BlobRef, Buffer, Holder
 from mesh.transport.bulk.client import BulkClient
-from mesh.transport.bulk.directory import FREE_BYTES_LEFT, FileSink
+from mesh.transport.bulk.files import FREE_BYTES_LEFT, FileSink
 from mesh.transport.bulk.ranges import Spans
 from mesh.transport.bulk.store import BlobSink, MemorySink
 from mesh.units import bytes_text

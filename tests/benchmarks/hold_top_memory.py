@@ -60,6 +60,7 @@ def run(place: Path, made: FeaturesHeld) -> None:
     engine = top_engine(
         load_in(place), ["smollm2-135m"], directory, manifest.weights_sha256, "cpu", physical_cores()
     )
+    assert not list((place / "adapters").glob("*/")), "an adapter that is there would not be trained again"
     task = TaskId("bench")
     submit = Submit(kind="tune", tune=spec_of((place / RECORDS).read_text()))
     events = engine.start(Run(task=task, attempt=1, submit=submit))

@@ -208,9 +208,10 @@ async def _idle(seconds: float) -> AsyncIterator[Metric]:
     """The busiest and the largest of three nodes without compute; a hosted Mosquitto is named apart."""
     with tempfile.TemporaryDirectory() as directory:
         async with _mesh(directory, "--no-compute") as mesh:
-            await mesh.start_many(N_NODES)
+            nodes = await mesh.start_many(N_NODES)
+            for node in nodes:  # the last thing that joining brings
+                await node.wait_for("cache_ring", 30, where=lambda event: len(event["members"]) == N_NODES)
             processes = [psutil.Process(node.pid) for node in mesh.nodes]
-            await asyncio.sleep(3.0)  # the bustle of joining is over
             before = [_cpu_s(process) for process in processes]
             started_at = time.monotonic()
             await asyncio.sleep(seconds)

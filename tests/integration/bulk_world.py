@@ -14,13 +14,13 @@ from mesh.ids import Boot, Epoch, NodeId
 from mesh.messages import PeerHello
 from mesh.transport.bulk.blobs import BlobRef, Block, Holder, PutVerdict, digest_of
 from mesh.transport.bulk.budget import Budget
-from mesh.transport.bulk.directory import DirectoryStore
 from mesh.transport.bulk.frames import BlockStatus, Row, encode_rows
 from mesh.transport.bulk.server import BulkServer
 from mesh.transport.bulk.store import BlobStore
 from mesh.transport.identity import Identity, MeshKey, issue
 from mesh.transport.streams import PeerServer
 from mesh.units import MIB
+from tests.integration.directory_store import DirectoryStore
 
 VIEW = RingEpoch(Epoch(3, NodeId("pi")), 7)
 KEY = MeshKey.create("home", bytes(range(32)))

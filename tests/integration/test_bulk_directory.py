@@ -11,9 +11,9 @@ import pytest
 
 from mesh.transport.bulk.blobs import Block, PutVerdict
 from mesh.transport.bulk.client import BulkClient
-from mesh.transport.bulk.directory import DirectoryStore
 from mesh.units import KIB, MIB
 from tests.integration.bulk_world import VIEW, BulkWorld, blob_of, block_of, content_of
+from tests.integration.directory_store import DirectoryStore
 
 
 @pytest.fixture

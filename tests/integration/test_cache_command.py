@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mesh.transport.bulk.blobs import Block
-from node.cache.assembly import REPORT_EVERY_S
 from node.cli.cache import _plain, _put
 from node.compute.features.packs import read_index, write_pack
 from node.local_mesh import LocalMesh
@@ -42,8 +41,10 @@ async def test_blocks_of_one_node_lie_twice_and_are_shown_checked_repaired_and_c
         write(homes[0], blocks)
         # The writer keeps what others own until it needs the room; each block lies with both its owners.
         await soon(lambda: sum(map(n_blocks, homes)) >= 120 and all(map(n_blocks, homes)), "two copies", 30)
-        await asyncio.sleep(REPORT_EVERY_S)
         view = await shown(mesh)
+        async with asyncio.timeout(30):  # reports come every few seconds
+            while sum(row["report"]["blocks"] for row in view["nodes"]) < 120:
+                view = await shown(mesh)
         assert view["replicas"] == 2
         assert sum(row["share"] for row in view["nodes"]) == pytest.approx(1, abs=0.01)
         assert sum(row["report"]["blocks"] for row in view["nodes"]) >= 120

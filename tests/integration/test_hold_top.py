@@ -12,6 +12,7 @@ import pytest
 
 from mesh.ids import MeshName
 from node.local_mesh import LocalMesh
+from tests.integration.cache_nodes import soon
 from tests.integration.test_tune_cli import LONG_S, Shell, records, told
 from tests.tiny import tiny_llama
 from tests.tuning import job, memory, run, source, spec
@@ -83,6 +84,7 @@ async def test_it_tunes_and_reads_texts_from_maps_that_others_make_and_leaves_an
         base = f"edgemesh/{mesh.mesh}/task"
         async with aiomqtt.Client("127.0.0.1", hosted["plain_port"]) as client:
             await client.subscribe(f"{base}/+/result", qos=1)
+            await client.subscribe(f"{base}/here/status", qos=1)
             shell = Shell(client, base)
             wish = {"adapter": "asked", "task": "classify", "top_layers": 2, "rank": 2, "epochs": 2}
             wish |= {"data": fresh.read_text(), "holders": [weak.id], "seed": 6}
@@ -99,7 +101,12 @@ async def test_it_tunes_and_reads_texts_from_maps_that_others_make_and_leaves_an
             assert (await mesh.run("drain", strong.id))[0] == 0
             # Other texts: their features are nowhere, and nobody makes them before the strong node resumes.
             waits = asyncio.create_task(shell.ends("here", **texts))
-            await asyncio.sleep(1.0)
+            begun = ("assigned", "running")
+            await soon(
+                lambda: any(one["state"] in begun for one in shell.heard.get("here/status", ())),
+                "the attempt on the weak node",
+                LONG_S,
+            )
             assert (await mesh.run("drain", strong.id, "--resume"))[0] == 0
             here = await waits
             assert here["state"] == "done", here["reason"]

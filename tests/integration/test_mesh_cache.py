@@ -100,7 +100,7 @@ async def test_what_comes_to_an_owner_that_lacked_it_stays_there(
 ) -> None:
     blocks = some_blocks(0, 60)
     async with CacheMesh(tmp_path, {"a": QUOTA, "b": QUOTA}, monkeypatch) as mesh:
-        monkeypatch.setattr(mesh["a"].cache.client, "put_blocks", lambda *more: asyncio.sleep(3600))
+        monkeypatch.setattr(mesh["a"].cache.client, "put_blocks", lambda *more: asyncio.Event().wait())
         mesh["a"].write(blocks)
         await soon(lambda: all(mesh["b"].cache.reads.claimed(keys_of(blocks))), "the catalogue")
         assert None not in await mesh["b"].read(blocks)

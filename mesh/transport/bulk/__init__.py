@@ -1,7 +1,7 @@
 """Bulk bytes between nodes: blobs in ranges from several holders, blocks many at a time.
 
     pure    blobs  ranges  frames  answers  waits
-    disk    store (what is served: a protocol)  directory (one real implementation)
+    disk    store (what is served: a protocol)  files (one that is served, one that arrives)
     server  budget  server (routes of ``mesh.transport.streams.PeerServer``)
     asker   connection  pool  client
 

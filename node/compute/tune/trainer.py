@@ -92,10 +92,6 @@ class Trainer:
         return self.step // self.steps_per_epoch
 
     @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self._parameters.values())
-
-    @property
     def loss(self) -> float | None:
         return sum(self.losses) / len(self.losses) if self.losses else None
 
@@ -145,12 +141,6 @@ class Trainer:
         """Shapes: (targets of all examples, d), after the final norm, in the order of the examples."""
         x, layout = self._rows(examples)
         return self._pass.rows(x, layout)
-
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def set_head(self, weight: Tensor) -> None:
-        """Shapes: weight (labels, d), for the copy that PEFT trains and saves."""
-        (head,) = [p for name, p in self._parameters.items() if ".score." in name]
-        head.copy_(weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes from step to step."""

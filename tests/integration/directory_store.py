@@ -1,4 +1,4 @@
-"""Blobs and blocks as files of one directory, under a quota. A full disk is a miss and a line in the log.
+"""A ``BlobStore`` for tests of the data plane: one directory, under a quota. A full disk is a miss.
 
     blobs/ab/<64 hex of the digest>         the bytes themselves
     blocks/ab/<64 hex of the key>           digest (32), then the payload
@@ -18,27 +18,16 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mesh.transport.bulk.blobs import (
-    BLOCK_BYTES_MAX,
-    DIGEST_BYTES,
-    PIECE_BYTES,
-    BlobRef,
-    Block,
-    Buffer,
-    PutVerdict,
-)
-from mesh.units import MIB, bytes_text
+from mesh.transport.bulk.blobs import BLOCK_BYTES_MAX, DIGEST_BYTES, BlobRef, Block, PutVerdict
+from mesh.transport.bulk.files import FREE_BYTES_LEFT, FileSink, OpenFile
+from mesh.units import bytes_text
 
-__all__ = ["DirectoryStore", "FileSink", "OpenFile"]
+__all__ = ["DirectoryStore"]
 
 log = logging.getLogger(__name__)
-
-FREE_BYTES_LEFT = 64 * MIB
-"""Never the last of a disk: journals of the same machine must still be written."""
 
 
 class DirectoryStore:
@@ -233,83 +222,3 @@ class DirectoryStore:
         if not self._is_full_said:
             log.warning("cannot write below %s: %s", self._root, error)
         self._is_full_said = True
-
-
-class OpenFile:
-    """Implements ``BlobReader``: one file, readable also when it is removed meanwhile.
-
-    Raises:
-        OSError: It cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._fd).st_size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    async def read(self, start: int, n_bytes: int) -> Buffer:
-        return await asyncio.to_thread(os.pread, self._fd, n_bytes, start)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-class FileSink:
-    """Implements ``BlobSink``: a file beside the store, renamed into it when its digest is right."""
-
-    def __init__(self, blob: BlobRef, path: Path, place: Callable[[], bool]) -> None:
-        self._blob = blob
-        self._place = place
-        # A write that its asker gave up on may still be under way in its thread: it must neither change
-        # what was checked nor meet another file under our number.
-        self._lock = threading.Lock()
-        self._is_sealed = False
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self.is_kept = False
-
-    async def write(self, start: int, content: Buffer) -> bool:
-        return await asyncio.to_thread(self._write, start, content)
-
-    async def is_right(self) -> bool:
-        return await asyncio.to_thread(self._keep_if_right)
-
-    def close(self) -> None:
-        with self._lock:
-            self._is_sealed = True
-            os.close(self._fd)
-
-    def _write(self, start: int, content: Buffer) -> bool:
-        assert start >= 0 and start + len(content) <= self._blob.size, "a blob has its size"
-        view = memoryview(content)
-        try:
-            with self._lock:
-                while view and not self._is_sealed:
-                    n_written = os.pwrite(self._fd, view, start)
-                    start, view = start + n_written, view[n_written:]
-                return not view
-        except OSError as error:  # the disk is full: the blob is a miss
-            log.warning("cannot write blob %s: %s", self._blob, error)
-            return False
-
-    def _keep_if_right(self) -> bool:
-        with self._lock:
-            self._is_sealed = True
-        try:
-            if self._digest() != self._blob.digest:
-                self._is_sealed = False
-                return False
-            os.fsync(self._fd)
-            self.is_kept = self._place()  # False: another transfer was faster, and ours gives its room back
-        except OSError as error:
-            log.warning("cannot keep blob %s: %s", self._blob, error)
-            return False
-        return True
-
-    def _digest(self) -> bytes:
-        digest = blake2b(digest_size=DIGEST_BYTES)
-        for start in range(0, self._blob.size, PIECE_BYTES):
-            digest.update(os.pread(self._fd, min(PIECE_BYTES, self._blob.size - start), start))
-        return digest.digest()
