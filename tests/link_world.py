@@ -8,7 +8,8 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-from mesh.transport.bulk.blobs import Block, Buffer, digest_of
+from mesh.digests import Buffer, digest_of
+from mesh.transport.bulk.blobs import Block
 from node.cache.link import LinkServer
 from node.compute.features.link import MeshLink, Tally
 

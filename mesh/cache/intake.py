@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from mesh.cache.moves import Block
 from mesh.cache.ring import KEY_BYTES
+from mesh.digests import DIGEST_BYTES
 
 __all__ = ["Intake", "IntakeConfig"]
-
-DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ class Block:
 
     key: bytes
     digest: bytes
-    """BLAKE2b-256 of the payload; the receiver checks it."""
+    """``mesh.digests`` of the payload; the receiver checks it."""
     n_bytes: int
 
 

@@ -47,7 +47,7 @@ class AdapterHeld:
     name: str
     version: int
     digest: str
-    """BLAKE2b-256 of its manifest: two nodes with one digest have the same files."""
+    """Digest of its manifest: two nodes with one digest have the same files."""
     manifest_bytes: int
     bytes: int
     """All files together."""
@@ -116,7 +116,7 @@ class ModelHeld:
 
     name: str
     digest: str
-    """BLAKE2b-256 of the manifest of its files."""
+    """Digest of the manifest of its files."""
     manifest_bytes: int
     bytes: int
     weights_sha256: str

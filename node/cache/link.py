@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
+from mesh.digests import Buffer
 from mesh.errors import DecodeError
-from mesh.transport.bulk.blobs import Block, Buffer
+from mesh.transport.bulk.blobs import Block
 from node.compute.features.link import (
     CODEC,
     HEAD_BYTES,

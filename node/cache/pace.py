@@ -7,6 +7,7 @@ __all__ = ["Pace"]
 START_WAIT_S = 0.01  # two round trips on a LAN, and a thread
 START_BYTES_PER_S = 10e6  # a gigabit link gives ten times that, a good Wi-Fi link half
 WEIGHT = 0.2  # of the newest; a fifth of a dozen reads ago still counts
+CLOCK_STEP_S = 1e-9  # a shorter time was not measured
 SMALL_BYTES = 64 << 10
 """A read of fewer tells how long the wait is; one of more, how fast bytes come."""
 
@@ -21,7 +22,7 @@ class Pace:
 
     def read(self, n_bytes: int, length_s: float) -> None:
         """So many bytes took so long, with nothing else being read for this node meanwhile."""
-        if length_s <= 0 or not n_bytes:
+        if length_s < CLOCK_STEP_S or not n_bytes:
             return
         if n_bytes < SMALL_BYTES:
             self.wait_s += WEIGHT * (length_s - n_bytes / self.bytes_per_s - self.wait_s)

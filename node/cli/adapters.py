@@ -78,7 +78,7 @@ def show_adapter(name: str, is_json: bool, **flags: Any) -> None:
     ]
     table_out(("", ""), [[harmless(cell) for cell in row] for row in rows if row[1]])
     click.echo()
-    table_out(("file", "size", "BLAKE2b-256"), [
+    table_out(("file", "size", "BLAKE3-256"), [
         (harmless(file["name"]), bytes_text(file["bytes"]), file["digest"][:12]) for file in told["files"]
     ])  # fmt: skip
     click.echo()

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mesh.transport.bulk.blobs import Block, Buffer, PutVerdict
+from mesh.digests import Buffer
+from mesh.transport.bulk.blobs import Block, PutVerdict
 from mesh.transport.bulk.files import OpenFile
 from mesh.transport.bulk.store import BlobReader, BlobStore
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.digests import Buffer
 from mesh.errors import DecodeError
-from mesh.transport.bulk.blobs import BlobRef, Buffer, Holder
+from mesh.transport.bulk.blobs import BlobRef, Holder
 from mesh.transport.bulk.client import BulkClient
 from mesh.transport.bulk.files import FREE_BYTES_LEFT, FileSink
 from mesh.transport.bulk.ranges import Spans

@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
+from mesh.digests import RunningDigest, digest_of
 from mesh.errors import DecodeError
 from mesh.messages.files import MANIFEST_BYTES_MAX
-from mesh.transport.bulk.blobs import DIGEST_BYTES, PIECE_BYTES, BlobRef, digest_of
+from mesh.transport.bulk.blobs import PIECE_BYTES, BlobRef
 
 __all__ = ["ADAPTER_FILES", "FILES_MAX", "FileEntry", "FileList", "blob_of_file", "is_model_file"]
 
@@ -130,7 +130,7 @@ def _entry(file: object) -> FileEntry:
 
 
 def _size_and_digest(path: Path) -> tuple[int, bytes]:
-    digest, size = blake2b(digest_size=DIGEST_BYTES), 0
+    digest, size = RunningDigest(), 0
     with path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)

@@ -23,7 +23,8 @@ from mesh.transport.bulk.blobs import Block, Holder, PutVerdict
 from mesh.transport.bulk.client import BulkClient
 from mesh.transport.bulk.server import BulkServer
 from mesh.transport.streams import PeerServer
-from mesh.units import KIB
+from mesh.units import KIB, MIB
+from node.cache.share import Share
 from tests.integration.bulk_world import VIEW, BulkWorld, block_of, hello_of
 
 BLOCK_BYTES = 128 * KIB  # 64 tokens of a hidden state of 512 floats
@@ -62,9 +63,18 @@ class MemoryStore:
         return [PutVerdict.NO_ROOM] * len(blocks)
 
 
+async def share_of(blocks: Sequence[Block], directory: Path) -> Share:
+    """As a node keeps them on disk: in packs."""
+    await asyncio.to_thread(directory.mkdir, exist_ok=True)
+    share = Share(directory, 64 * MIB)
+    assert PutVerdict.NO_ROOM not in await share.put(blocks)
+    await share.flush()
+    return share
+
+
 async def serve(world: BulkWorld, address: str, *, from_files: bool) -> None:
     blocks = [block_of(seed, BLOCK_BYTES) for seed in range(N_BLOCKS)] + [block_of(N_BLOCKS, 1 * KIB)]
-    store = await world.filled("pi", blocks=blocks) if from_files else MemoryStore(blocks)
+    store = await share_of(blocks, world.directory / "share") if from_files else MemoryStore(blocks)
     bulk = BulkServer(store, lambda: VIEW)
     context = world.identity("pi").server_context()
     async with PeerServer(

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 from mesh.cache.ring import RingEpoch
+from mesh.digests import digest_of
 from mesh.ids import Boot, Epoch, NodeId
 from mesh.messages import PeerHello
-from mesh.transport.bulk.blobs import BlobRef, Block, Holder, PutVerdict, digest_of
+from mesh.transport.bulk.blobs import BlobRef, Block, Holder, PutVerdict
 from mesh.transport.bulk.budget import Budget
 from mesh.transport.bulk.frames import BlockStatus, Row, encode_rows
 from mesh.transport.bulk.server import BulkServer
@@ -46,15 +47,15 @@ class BulkWorld:
     """Certificates and directories of one mesh below ``directory``."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
 
     def identity(self, name: str) -> Identity:
-        directory = self._directory / name
+        directory = self.directory / name
         directory.mkdir(exist_ok=True)
         return issue(KEY, name, directory)
 
     def store(self, name: str, quota_bytes: int = 256 * MIB) -> DirectoryStore:
-        return DirectoryStore(self._directory / f"{name}-store", quota_bytes, free_bytes_left=0)
+        return DirectoryStore(self.directory / f"{name}-store", quota_bytes, free_bytes_left=0)
 
     async def filled(
         self, name: str, blobs: Iterable[bytes] = (), blocks: Iterable[Block] = ()

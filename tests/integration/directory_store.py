@@ -21,7 +21,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mesh.transport.bulk.blobs import BLOCK_BYTES_MAX, DIGEST_BYTES, BlobRef, Block, PutVerdict
+from mesh.digests import DIGEST_BYTES
+from mesh.transport.bulk.blobs import BLOCK_BYTES_MAX, BlobRef, Block, PutVerdict
 from mesh.transport.bulk.files import FREE_BYTES_LEFT, FileSink, OpenFile
 from mesh.units import bytes_text
 

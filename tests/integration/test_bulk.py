@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from mesh.cache.ring import RingEpoch
+from mesh.digests import digest_of
 from mesh.ids import Epoch, NodeId
 from mesh.transport.bulk import exchange
-from mesh.transport.bulk.blobs import KEYS_MAX, Block, Holder, PutVerdict, digest_of
+from mesh.transport.bulk.blobs import KEYS_MAX, Block, Holder, PutVerdict
 from mesh.transport.bulk.client import BulkClient, PutRefusal
 from mesh.transport.bulk.store import MemorySink
 from mesh.transport.bulk.waits import WaitConfig, Waits

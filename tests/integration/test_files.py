@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh.digests import Buffer, digest_of
 from mesh.ids import NodeId
 from mesh.messages import PullAdapter, RemoveAdapter
 from mesh.messages.files import ModelHeld
-from mesh.transport.bulk.blobs import Buffer, Holder, digest_of
+from mesh.transport.bulk.blobs import Holder
 from mesh.transport.bulk.client import BulkClient
 from mesh.transport.bulk.store import BlobReader
 from mesh.units import MIB

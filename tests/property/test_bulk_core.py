@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.cache.ring import RingEpoch
+from mesh.digests import digest_of
 from mesh.errors import DecodeError
 from mesh.ids import Epoch, NodeId
 from mesh.transport.bulk.answers import HEAD_BYTES_MAX, Answer, AnswerReader
-from mesh.transport.bulk.blobs import BLOCK_BYTES_MAX, KEYS_MAX, Block, PutVerdict, digest_of, parse_view
+from mesh.transport.bulk.blobs import BLOCK_BYTES_MAX, KEYS_MAX, Block, PutVerdict, parse_view
 from mesh.transport.bulk.frames import (
     COUNT_BYTES,
     OFFER_BYTES,

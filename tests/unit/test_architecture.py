@@ -15,6 +15,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "aiohttp": ("mesh/transport/streams.py", "mesh/transport/bulk/server.py"),
     "aiomqtt": ("mesh/transport/mqtt.py",),
     "amqtt": ("mesh/brokers/amqtt_broker.py",),
+    "blake3": ("mesh/digests.py",),
     "click": ("node/cli/",),
     "cryptography": ("mesh/transport/identity.py",),
     "ifaddr": ("mesh/transport/interfaces.py",),

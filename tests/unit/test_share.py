@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mesh.cache.ring import SPARE_WORTH
-from mesh.transport.bulk.blobs import Block, PutVerdict, digest_of
+from mesh.digests import digest_of
+from mesh.transport.bulk.blobs import Block, PutVerdict
 from node.cache import share as share_file
 from node.cache.share import Share
 from node.compute.features.codec import CODECS

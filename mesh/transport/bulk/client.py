@@ -24,6 +24,7 @@ from typing import Self
 
 from mesh.cache.ring import RingEpoch
 from mesh.ids import NodeId
+from mesh.transport.bulk.allocator import keep_freed_memory
 from mesh.transport.bulk.answers import Answer
 from mesh.transport.bulk.blobs import (
     BATCH_BYTES_MAX,
@@ -83,6 +84,7 @@ class BulkClient:
         self.waits = waits or Waits()
         self._clock = clock
         self._said_at: dict[NodeId, float] = {}
+        keep_freed_memory()
 
     async def __aenter__(self) -> Self:
         return self

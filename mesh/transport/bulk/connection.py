@@ -14,10 +14,11 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import cast
 
+from mesh.digests import Buffer
 from mesh.errors import DecodeError, UnreachableError
 from mesh.ids import NodeId
 from mesh.transport.bulk.answers import Answer, AnswerReader, Room
-from mesh.transport.bulk.blobs import PIECE_BYTES, Buffer, Holder
+from mesh.transport.bulk.blobs import PIECE_BYTES, Holder
 from mesh.transport.identity import peer_name
 from mesh.units import KIB
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mesh.cache.ring import RingEpoch
+from mesh.digests import Buffer, digest_of
 from mesh.errors import DecodeError, UnreachableError
 from mesh.ids import NodeId
 from mesh.transport.bulk.answers import Answer, Room
@@ -21,10 +22,8 @@ from mesh.transport.bulk.blobs import (
     VIEW_HEADER,
     BlobRef,
     Block,
-    Buffer,
     Holder,
     PutVerdict,
-    digest_of,
     parse_view,
 )
 from mesh.transport.bulk.connection import Connection, Pool
@@ -38,6 +37,7 @@ from mesh.transport.bulk.frames import (
     encode_offers,
 )
 from mesh.transport.bulk.ranges import Fault
+from mesh.units import MIB
 
 __all__ = ["Batch", "Exchanges", "Missed"]
 
@@ -46,6 +46,8 @@ PACE_WINDOW_S = 2.0
 PACE_BYTES = 16 * 1024
 """In each window, once an answer has begun. A holder of 16 KB/s always brings it (bytes are counted in steps
 of 32 KiB, see ``connection``); one of less than 8 KB/s is as good as dead."""
+CHECKED_HERE_BYTES_MAX = MIB + MIB // 4
+"""Checking so little takes a fraction of decrypting it, and less than a change of thread and back."""
 SILENCE_S = 8.0
 """From the question to the first byte, where nobody hedges: a disk that wakes up, a loaded small device."""
 
@@ -136,7 +138,10 @@ class Exchanges:
             rows = decode_rows(memoryview(content)[:n_table], len(keys), len(payloads))
         except DecodeError as error:
             raise Missed(Fault.LIED, str(error)) from error
-        found, wrong = await asyncio.to_thread(_checked, keys, rows, payloads)
+        if len(payloads) <= CHECKED_HERE_BYTES_MAX:
+            found, wrong = _checked(keys, rows, payloads)
+        else:
+            found, wrong = await asyncio.to_thread(_checked, keys, rows, payloads)
         if wrong:
             raise Missed(
                 Fault.LIED, f"wrong digest of {len(wrong)} blocks, the first is {wrong[0].hex()[:12]}"

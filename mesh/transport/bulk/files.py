@@ -7,10 +7,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 
-from mesh.transport.bulk.blobs import DIGEST_BYTES, PIECE_BYTES, BlobRef, Buffer
+from mesh.digests import Buffer, RunningDigest
+from mesh.transport.bulk.blobs import PIECE_BYTES, BlobRef
 from mesh.units import MIB
 
 __all__ = ["FREE_BYTES_LEFT", "FileSink", "OpenFile"]
@@ -95,7 +95,7 @@ class FileSink:
         return True
 
     def _digest(self) -> bytes:
-        digest = blake2b(digest_size=DIGEST_BYTES)
+        digest = RunningDigest()
         for start in range(0, self._blob.size, PIECE_BYTES):
             digest.update(os.pread(self._fd, min(PIECE_BYTES, self._blob.size - start), start))
         return digest.digest()

@@ -15,16 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from mesh.digests import Buffer
 from mesh.errors import DecodeError
-from mesh.transport.bulk.blobs import (
-    BATCH_BYTES_MAX,
-    BLOCK_BYTES_MAX,
-    KEY_BYTES,
-    KEYS_MAX,
-    Block,
-    Buffer,
-    PutVerdict,
-)
+from mesh.transport.bulk.blobs import BATCH_BYTES_MAX, BLOCK_BYTES_MAX, KEY_BYTES, KEYS_MAX, Block, PutVerdict
 
 __all__ = [
     "COUNT_BYTES",

@@ -21,8 +21,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from mesh.cache.ring import RingEpoch
+from mesh.digests import Buffer, digest_of
 from mesh.errors import DecodeError
 from mesh.ids import NodeId
+from mesh.transport.bulk.allocator import keep_freed_memory
 from mesh.transport.bulk.blobs import (
     BATCH_BYTES_MAX,
     CATALOGUE_BYTES_MAX,
@@ -32,9 +34,7 @@ from mesh.transport.bulk.blobs import (
     RANGE_BYTES_MAX,
     VIEW_HEADER,
     Block,
-    Buffer,
     PutVerdict,
-    digest_of,
     parse_view,
 )
 from mesh.transport.bulk.budget import Budget
@@ -51,14 +51,18 @@ from mesh.transport.bulk.frames import (
 )
 from mesh.transport.bulk.store import BlobStore
 from mesh.transport.identity import peer_name
+from mesh.units import MIB
 
 __all__ = ["BulkServer"]
 
 log = logging.getLogger(__name__)
 
 PIECE_TIMEOUT_S = 20.0
-"""For 1 MiB in either direction: 50 KB/s, less than the poorest link that is of any use."""
-_SENDING_BYTES = 2 * PIECE_BYTES
+"""For a piece that leaves: 13 KB/s, less than the poorest link that is of any use."""
+_UPLOAD_TIMEOUT_S_PER_MIB = 20.0
+_READ_BYTES = 4 * PIECE_BYTES
+"""Of a blob: a change of thread for each costs more than a piece does."""
+_SENDING_BYTES = 3 * PIECE_BYTES
 """Beside what is read: a piece encrypted, and what is left of the one before (512 KiB wake the sender)."""
 _JOINED_BYTES_MAX = PIECE_BYTES * 5 // 4
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
@@ -85,6 +89,7 @@ class BulkServer:
         self._view = view
         self._on_view = on_view
         self.budget = budget or Budget()
+        keep_freed_memory()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -120,7 +125,7 @@ class BulkServer:
         name = request.match_info["digest"]
         if _HEX.fullmatch(name) is None:
             raise DecodeError("a blob is named by 64 hex digits")
-        async with self.budget.hold(peer, PIECE_BYTES + _SENDING_BYTES) as has_room:
+        async with self.budget.hold(peer, _READ_BYTES + _SENDING_BYTES) as has_room:
             if not has_room:
                 return self._refusal(503, "busy: ask another holder")
             reader = await self._store.open(bytes.fromhex(name))
@@ -141,7 +146,7 @@ class BulkServer:
                     response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{reader.size}"
                 await response.prepare(request)
                 while start < stop:
-                    piece = await reader.read(start, min(PIECE_BYTES, stop - start))
+                    piece = await reader.read(start, min(_READ_BYTES, stop - start))
                     if not piece:
                         raise OSError(f"the blob ends at {start}")
                     await _send(response, piece)
@@ -200,7 +205,7 @@ class BulkServer:
         async with self.budget.hold(peer, length) as has_room:
             if not has_room:
                 return self._refusal(503, "busy: put it later", closes=True)
-            async with asyncio.timeout(PIECE_TIMEOUT_S * (1 + length / PIECE_BYTES)):
+            async with asyncio.timeout(PIECE_TIMEOUT_S + _UPLOAD_TIMEOUT_S_PER_MIB * length / MIB):
                 offers, payloads = await _receive_batch(request, length)
             are_right = await asyncio.to_thread(_are_right, offers, payloads)
             good = [
@@ -273,7 +278,7 @@ async def _send(response: web.StreamResponse, content: Buffer) -> None:
 
 
 async def _send_together(response: web.StreamResponse, payloads: list[Buffer]) -> None:
-    """Small payloads leave joined: one encryption and one system call for a batch of a MiB and its table."""
+    """Small payloads leave joined: one encryption and one system call for many of them, and the table."""
     joined: list[Buffer] = []
     n_joined = 0
     for payload in payloads:

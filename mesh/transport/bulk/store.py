@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from mesh.transport.bulk.blobs import BlobRef, Block, Buffer, PutVerdict, digest_of
+from mesh.digests import Buffer, digest_of
+from mesh.transport.bulk.blobs import BlobRef, Block, PutVerdict
 
 __all__ = ["BlobReader", "BlobSink", "BlobStore", "MemorySink"]
 

@@ -2,7 +2,7 @@
 
     magic, version, number of entries │ (key, digest, size, seconds) of each │ digest of all before │ entries
 
-Digests are BLAKE2b-256, as between nodes: what a peer asks for leaves with the digest it lies here with.
+Digests are those of ``mesh.digests``, as between nodes: what a peer asks for leaves with the one it has here.
 
 A file appears whole (written beside, synced, renamed) and never changes afterwards, so processes that share
 a directory need no lock: what one of them removes is a miss to the others.
@@ -11,7 +11,6 @@ a directory need no lock: what one of them removes is a miss to the others.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import secrets
 import struct
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.digests import DIGEST_BYTES, digest_of
 from mesh.errors import DecodeError
 from node.compute.features.key import KEY_BYTES
 
@@ -26,7 +26,6 @@ __all__ = [
     "ENTRIES_MAX",
     "SUFFIX",
     "Place",
-    "entry_digest",
     "read_entries",
     "read_index",
     "read_unchecked",
@@ -37,10 +36,9 @@ SUFFIX = ".pack"
 ENTRIES_MAX = 1 << 16
 """In one pack; a hostile index is refused before more than 5 MB of it are read."""
 
-_MAGIC, _VERSION = b"EMFP", 2
+_MAGIC, _VERSION = b"EMFP", 3
 _HEAD = struct.Struct("<4sHxxI")
-_DIGEST_BYTES = 32
-_ENTRY = struct.Struct(f"<{KEY_BYTES}s{_DIGEST_BYTES}sIf")
+_ENTRY = struct.Struct(f"<{KEY_BYTES}s{DIGEST_BYTES}sIf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +48,9 @@ class Place:
     start: int
     n_bytes: int
     digest: bytes
-    """BLAKE2b-256 of the entry."""
+    """Of the entry."""
     recompute_s: float
     """What it took to make, or would."""
-
-
-def entry_digest(payload: bytes | bytearray | memoryview) -> bytes:
-    return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
 
 
 def write_pack(
@@ -70,13 +64,13 @@ def write_pack(
     assert 0 < len(entries) <= ENTRIES_MAX, "the store cuts batches"
     index = bytearray(_HEAD.pack(_MAGIC, _VERSION, len(entries)))
     places = {}
-    start = _HEAD.size + _ENTRY.size * len(entries) + _DIGEST_BYTES
+    start = _HEAD.size + _ENTRY.size * len(entries) + DIGEST_BYTES
     for key, (payload, recompute_s) in entries.items():
-        n_bytes, digest = len(memoryview(payload)), entry_digest(payload)
+        n_bytes, digest = len(memoryview(payload)), digest_of(payload)
         index += _ENTRY.pack(key, digest, n_bytes, recompute_s)
         places[key] = Place(start, n_bytes, digest, recompute_s)
         start += n_bytes
-    index += entry_digest(index)
+    index += digest_of(index)
     name = secrets.token_hex(12)
     path, partial = directory / f"{name}{SUFFIX}", directory / f".{name}.{os.getpid()}.partial"
     try:
@@ -109,10 +103,10 @@ def read_index(path: Path) -> dict[bytes, Place]:
         if magic != _MAGIC or version != _VERSION or not 0 < n <= ENTRIES_MAX:
             raise DecodeError(f"{path.name} is no feature pack of this version")
         listing = file.read(_ENTRY.size * n)
-        if len(listing) < _ENTRY.size * n or not _is(file.read(_DIGEST_BYTES), head + listing):
+        if len(listing) < _ENTRY.size * n or not _is(file.read(DIGEST_BYTES), head + listing):
             raise DecodeError(f"the index of {path.name} is damaged")
     places = {}
-    start = _HEAD.size + _ENTRY.size * n + _DIGEST_BYTES
+    start = _HEAD.size + _ENTRY.size * n + DIGEST_BYTES
     for key, digest, n_bytes, recompute_s in _ENTRY.iter_unpack(listing):
         places[key] = Place(start, n_bytes, digest, recompute_s)
         start += n_bytes
@@ -152,4 +146,4 @@ def read_unchecked(path: Path, places: Sequence[Place]) -> Iterator[bytes]:
 
 
 def _is(digest: bytes, content: bytes | bytearray) -> bool:
-    return digest == entry_digest(content)
+    return digest == digest_of(content)
