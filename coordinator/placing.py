@@ -23,7 +23,7 @@ from coordinator.policy.explaining import hopeless_words
 from coordinator.policy.nodes import Share
 from coordinator.policy.policies import Policy
 from coordinator.policy.rates import Rates, rates_of
-from coordinator.policy.work import Needs, Work, needs_of, work_of
+from coordinator.policy.work import Needs, Work, needs_of, size_of, work_of
 from coordinator.task import Task
 from mesh.core import FOREVER
 from mesh.ids import NodeId, TaskId
@@ -164,9 +164,11 @@ class Placing:
         self._dispatcher.ended(task.id, now, _observed(outcome) if is_lesson and node is not None else None)
         if is_lesson and task.submit.kind == "generate":
             self._cost.learn_answer(max_tokens=task.submit.max_tokens, n_tokens=outcome.n_tokens)
-            if outcome.n_prompt_tokens:
-                n_bytes = task.submit.n_text_bytes
-                self._cost.learn_bytes(n_bytes=n_bytes, n_tokens=outcome.n_prompt_tokens)
+        if is_lesson and outcome.n_prompt_tokens:
+            n_bytes, n_texts = size_of(task.submit)
+            self._cost.counts.learn(
+                task.submit.kind, n_bytes=n_bytes, n_texts=n_texts, n_tokens=outcome.n_prompt_tokens
+            )
         self._learn_features(task, outcome, now)
 
     # ── where features are ──────────────────────────────────────────────────────────────────────────
@@ -228,9 +230,7 @@ class Placing:
         )
 
     def _work(self, submit: Submit) -> Work:
-        work = work_of(
-            submit, answer_share=self._cost.answer_share, bytes_per_token=self._cost.bytes_per_token
-        )
+        work = work_of(submit, answer_share=self._cost.answer_share, counts=self._cost.counts)
         return self._locality.work(submit, work)
 
 

@@ -4,7 +4,7 @@
 mean of actual / predicted, per (kind, node), begun from the kind's mean over all nodes, so that what is
 true of a kind everywhere (more tokens than thought) is known on a node that has not done one yet.
 
-The same model learns what answers use of ``max_tokens``, how many bytes a token has, and how well it
+The same model learns what answers use of ``max_tokens``, how many tokens texts have, and how well it
 predicts.
 """
 
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.policy.rates import PARTS, Rates
-from coordinator.policy.work import BYTES_PER_TOKEN, KINDS, Work
+from coordinator.policy.tokens import TokenCounts
+from coordinator.policy.work import KINDS, Work
 from mesh.ids import NodeId
 from mesh.messages.task import TaskKind
 
@@ -101,7 +102,7 @@ class CostModel:
     _last_errors: dict[TaskKind, PredictionError] = field(default_factory=dict)
     """Of the kinds that have learned nothing since they were asked for."""
     _answers: _Mean = field(default_factory=_Mean)
-    _bytes: _Mean = field(default_factory=_Mean)
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     # ── predictions ─────────────────────────────────────────────────────────────────────────────────
 
@@ -144,10 +145,6 @@ class CostModel:
     def answer_share(self) -> float:
         """Tokens of an answer / ``max_tokens``, as ``work_of`` takes it; 1 before anything was seen."""
         return min(1.0, self._answers.value)
-
-    @property
-    def bytes_per_token(self) -> float:
-        return BYTES_PER_TOKEN * self._bytes.value
 
     def errors(self) -> dict[TaskKind, PredictionError]:
         """Of each kind that was seen: p50 of ``|actual / predicted - 1|`` over the last 256 outcomes."""
@@ -202,11 +199,6 @@ class CostModel:
     def learn_answer(self, *, max_tokens: int, n_tokens: int) -> None:
         """An answer that was allowed ``max_tokens`` took ``n_tokens``."""
         self._answers.take(max(n_tokens, 1) / max_tokens)
-
-    def learn_bytes(self, *, n_bytes: int, n_tokens: int) -> None:
-        """So many bytes of prompt or texts were so many tokens."""
-        if n_bytes >= 64 and n_tokens > 0:  # fewer say more of the chat template than of the text
-            self._bytes.take(n_bytes / n_tokens / BYTES_PER_TOKEN)
 
     def forget(self, node: NodeId) -> None:
         """The node left for good, or measured itself anew."""

@@ -68,6 +68,10 @@ class Running:
         """Its answer shares steps with others."""
         return self.job.work.kind == "generate"
 
+    @property
+    def tunes(self) -> bool:
+        return self.job.work.kind == "tune"
+
     def left_share(self, now: float) -> float:
         """How much of its service is left, as far as predicted; never nothing."""
         until = self.paused_at if self.is_paused else now
@@ -79,8 +83,7 @@ class Running:
 
     def stands_back(self, now: float) -> bool:
         """Tuning that has the time to let all others on its node go first."""
-        is_tune = self.job.work.kind == "tune"
-        return is_tune and self.job.deadline_at - now > PATIENCE * self.left_s(now)
+        return self.tunes and self.job.deadline_at - now > PATIENCE * self.left_s(now)
 
     def alone_left_s(self, now: float) -> float:
         """Node seconds that are left of its work that shares nothing: an answer's prompt comes first."""
@@ -342,7 +345,7 @@ class NodeTable:
         for running in slots.running.values():
             if running.is_active:
                 n += 1
-                n_tunes += running.job.work.kind == "tune"
+                n_tunes += running.tunes
                 n_writing += running.writes
                 free_at = min(free_at, running.ends_at)
         slots.n_writing = n_writing
@@ -359,10 +362,17 @@ class NodeTable:
         self.n_yielding[row] = 0 if view.tunes_beside else n_tunes
 
     def joined(self, row: int, task: TaskId, cost_s: float, service_s: float, now: float) -> None:
-        """The task has started there: it takes ``cost_s`` from those who run on as long as it does."""
-        others = [one for one in self._slots[row].running.values() if one.is_active and one.job.task != task]
+        """The task has started there: it reads first; of the rest all feel as much as they stay for."""
+        here = self._slots[row].running
+        joiner = here[task]
+        read_s = 0.0 if joiner.tunes else min(joiner.alone_s, cost_s)
+        others = [one for one in here.values() if one.is_active and one is not joiner]
         for other in others:
-            other.delayed_s += cost_s * min(1.0, other.left_s(now) / service_s)
+            if other.tunes or other.writes:
+                share = min(1.0, other.left_s(now) / service_s)
+                other.delayed_s += read_s + (cost_s - read_s) * share
+            else:
+                other.delayed_s += min(read_s, other.alone_left_s(now))
         if others:
             self._count(row)
 
@@ -374,7 +384,11 @@ class NodeTable:
         if slots.company[0] != now:
             active = [one for one in slots.running.values() if one.is_active]
             answers_s = max((one.left_s(now) for one in active if one.writes), default=0.0)
-            felt = [(one.alone_left_s(now), one.job.value) for one in active if not one.stands_back(now)]
+            felt = [
+                (one.alone_left_s(now), one.job.value, one.tunes)
+                for one in active
+                if not one.stands_back(now)
+            ]
             slots.company = (now, Company.of(felt, answers_s))
         return slots.company[1]
 
@@ -383,8 +397,8 @@ class NodeTable:
         soonest_s = FOREVER
         for row in (self.is_shared & self.has_room).nonzero()[0].tolist():
             company = self.company(row, now)
-            if company is not None and len(company.alone_s):
-                soonest_s = min(soonest_s, float(company.alone_s[0]))
+            if company is not None and len(company.all.alone_s):
+                soonest_s = min(soonest_s, float(company.all.alone_s[0]))
         return soonest_s
 
     def crowding(self, row: int, running: Running, rows: float) -> float:

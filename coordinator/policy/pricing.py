@@ -17,12 +17,14 @@ from coordinator.policy.density import Floats
 from coordinator.policy.jobs import JobTable
 from coordinator.policy.nodes import NodeTable
 from coordinator.policy.rates import PARTS
+from coordinator.policy.work import KINDS
 
 __all__ = ["CERTAIN", "Prices", "Rows", "all_fastest_s", "fastest_s", "price_alone", "prices"]
 
 _SPARED: Final = (PARTS.index("adapter_load"), PARTS.index("features"))
 _DECODE: Final = PARTS.index("decode")
 _PREFILL, _TUNE, _FETCH = PARTS.index("prefill"), PARTS.index("tune"), PARTS.index("fetch")
+_TUNE_KIND: Final = KINDS.index("tune")
 _LEAST_S: Final = 1e-6
 _EVERYBODY: Final = 1_000_000
 _FEW_NODES: Final = 8
@@ -92,7 +94,9 @@ def prices(
             node = int(places[at])
             if (company := nodes.company(node, now)) is not None:
                 factor = correction[:, at]
-                finish_s[:, at] += company.extra_s(fixed[:, at] * factor, steps[:, at] * factor)
+                finish_s[:, at] += company.extra_s(
+                    fixed[:, at] * factor, steps[:, at] * factor, kinds == _TUNE_KIND
+                )
         # A row that joins a batch makes its steps longer by row_cost; the step itself runs anyway.
         marginal = decode * np.where(n_others > 0, row_cost, 1.0)
         cost_s = np.maximum((fixed + marginal) * correction, _LEAST_S)
@@ -128,7 +132,8 @@ def _prices_on_one(
     finish_s = np.maximum((fixed + steps) * correction, _LEAST_S)
     cost_s = finish_s
     if n_away < _EVERYBODY and (company := nodes.company(node, now)) is not None:
-        finish_s = finish_s + company.extra_s(fixed * correction, steps * correction)
+        tunes = kinds == _TUNE_KIND
+        finish_s = finish_s + company.extra_s(fixed * correction, steps * correction, tunes)
     if n_others > 0:
         cost_s = np.maximum((fixed + decode * row_cost) * correction, _LEAST_S)
     if not nodes.has_everything:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+from coordinator.policy.tokens import TokenCounts
 from mesh.ids import NodeId
 from mesh.messages import Submit
 from mesh.messages.task import TaskKind
@@ -19,6 +20,7 @@ __all__ = [
     "Work",
     "epochs_of",
     "needs_of",
+    "size_of",
     "work_of",
 ]
 
@@ -30,8 +32,6 @@ PATIENCE: Final = 6.0
 """Where others run beside it, tuning stands back while the time to its deadline is more than so many times
 what is left of it; then it takes its equal share, which is a sixth of the node's time or more."""
 
-BYTES_PER_TOKEN: Final = 4.0
-"""English under a vocabulary of 32 k to 150 k: 3.5 to 4.5. The cost model corrects what remains."""
 _FILE_TOKENS: Final = 20_000
 """Of records that stay in a file on their holders: a small job, about 300 texts of a paragraph."""
 
@@ -107,20 +107,33 @@ def needs_of(submit: Submit) -> Needs:
     return Needs(submit.model, submit.adapter, holders, submit.kind in NEED_ALL_LAYERS, top_layers, profile)
 
 
-def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float = BYTES_PER_TOKEN) -> Work:
+def size_of(submit: Submit) -> tuple[int, int]:
+    """What is read: bytes of UTF-8, and the number of texts they make, each with its prompt."""
+    prompt = sum(_n_bytes(message.content) for message in submit.messages) + _n_bytes(submit.prompt or "")
+    if submit.kind == "generate":
+        return prompt, 1
+    n_bytes = sum(map(_n_bytes, submit.texts)) + prompt * len(submit.texts)
+    if submit.tune is not None:
+        n_bytes += _n_bytes(submit.tune.data or "")
+        if submit.kind == "features":
+            n_bytes += _n_bytes(submit.tune.eval_data or "")
+    return n_bytes, len(submit.texts)
+
+
+def work_of(submit: Submit, *, answer_share: float = 1.0, counts: TokenCounts | None = None) -> Work:
     """The expected amounts of a submission.
 
     Args:
         answer_share: How much of ``max_tokens`` answers use on average (``CostModel.answer_share``).
-        bytes_per_token: UTF-8 bytes of text per token (``CostModel.bytes_per_token``).
+        counts: What is known of tokens in texts (``CostModel.counts``).
     """
-    prompt = sum(_n_bytes(message.content) for message in submit.messages) + _n_bytes(submit.prompt or "")
-    texts = sum(map(_n_bytes, submit.texts))
+    n_bytes, n_texts = size_of(submit)
+    n_tokens = (counts or TokenCounts()).expected(submit.kind, n_bytes, n_texts)
     n_adapter_loads = 0.0 if submit.adapter is None else 1.0
     match submit.kind:
         case "generate":
             return Work(
-                n_prompt_tokens=prompt / bytes_per_token,
+                n_prompt_tokens=n_tokens,
                 n_tokens=submit.max_tokens * answer_share,
                 n_adapter_loads=n_adapter_loads,
                 reuses=submit.adapter,
@@ -128,7 +141,8 @@ def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float
         case "tune":
             tune = submit.tune
             assert tune is not None, "a tune task has its spec"
-            n_tokens = _FILE_TOKENS if tune.data is None else _n_bytes(tune.data) / bytes_per_token
+            if tune.data is None:
+                n_tokens = _FILE_TOKENS
             if tune.part is not None:
                 n_tokens /= tune.nodes
             return Work(
@@ -138,19 +152,15 @@ def work_of(submit: Submit, *, answer_share: float = 1.0, bytes_per_token: float
                 reuses=tune.data_sha256,
             )
         case "features":
-            n_bytes = texts + prompt * len(submit.texts)
-            if submit.tune is not None:
-                n_bytes += _n_bytes(submit.tune.data or "") + _n_bytes(submit.tune.eval_data or "")
             return Work(
                 kind="features",
-                n_feature_tokens=n_bytes / bytes_per_token if n_bytes else _FILE_TOKENS,
+                n_feature_tokens=n_tokens if n_bytes else _FILE_TOKENS,
                 reuses=submit.tune.data_sha256 if submit.tune is not None else None,
             )
         case _:
-            read = texts + prompt * len(submit.texts)
             return Work(
                 kind=submit.kind,
-                n_prompt_tokens=read / bytes_per_token,
+                n_prompt_tokens=n_tokens,
                 n_adapter_loads=n_adapter_loads,
                 reuses=submit.adapter,
             )

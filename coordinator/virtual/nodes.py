@@ -1,6 +1,6 @@
 """Virtual nodes: they do what the coordinator decided, in the time that the work truly takes.
 
-A node shares its time equally among those that want it: each prompt being read, each tuning job, and all
+Prompts and texts are read first, in turns. Else a node shares its time equally among tuning jobs and all
 answers together, which share every step: with n of them a step takes ``1 + (n - 1) * row_cost`` of one alone.
 Tuning that has time stands back for all others (``coordinator.policy.work.PATIENCE``). A node with one slot
 serves one attempt at a time, and all of this is a plain queue.
@@ -55,6 +55,10 @@ class Attempt:
         """Tuning takes its share beside others from then on."""
         is_tune = self.task.work.kind == "tune"
         return self.task.deadline_at - PATIENCE * self.alone_s if is_tune else -FOREVER
+
+    @property
+    def is_reading(self) -> bool:
+        return self.alone_s > _NOTHING_S and self.task.work.kind != "tune"
 
     @property
     def is_done(self) -> bool:
@@ -192,7 +196,7 @@ class VirtualNode:
         for attempt in self.running.values():
             at = min(at, attempt.gives_way_at)
             if attempt not in sharing:
-                at = min(at, attempt.impatient_at)
+                at = min(at, attempt.impatient_at if attempt.impatient_at > self.now else FOREVER)
                 continue
             is_alone = attempt.alone_s > _NOTHING_S
             left_s = attempt.alone_s / alone_share if is_alone else attempt.answer_s / answer_share
@@ -255,10 +259,12 @@ class VirtualNode:
         self.version += 1
 
     def _sharing(self) -> list[Attempt]:
-        """Who has a share of the node's time now: all, less tuning that stands back."""
+        """Who has a share of the node's time now: those who read, or all, less tuning that stands back."""
         attempts = [*self.running.values()]
         if len(attempts) == 1:
             return attempts
+        if reading := [one for one in attempts if one.is_reading]:
+            return reading
         at = self.now + _NOTHING_S
         return [one for one in attempts if one.impatient_at <= at] or attempts
 

@@ -158,8 +158,8 @@ def body_of(task: VirtualTask, factors: Mapping[TaskKind, float], once: str) -> 
             return Submit(prompt=asked, max_tokens=max(1, round(work.n_tokens)), stream=False)
         case "tune":
             records = [
-                json.dumps({"text": _text(rng, 16.0), "label": rng.choice(("warm", "cold"))})
-                for _ in range(max(8, round(work.n_feature_tokens / 16)))
+                json.dumps({"text": _text(rng, 16.0), "label": ("warm", "cold")[k % 2]})
+                for k in range(max(8, round(work.n_feature_tokens / 16)))
             ]
             spec = TuneSpec(
                 adapter=f"real-{rng.randrange(4)}", data="\n".join(records), epochs=MIX.tune_epochs,

@@ -361,9 +361,13 @@ def test_prices_are_the_cost_models_own_one_by_one(seed: int, n: int, m: int, sl
                 steps_s = found.parts["decode"]
                 here = made._books.nodes.running(int(node)).values() if slots > 1 else ()
                 others = [one for one in here if one.is_active and not one.stands_back(mesh.now)]
-                company_s = sum(min(one.alone_left_s(mesh.now), found.service_s) for one in others)
+                alone_s, tunes = found.service_s - steps_s, job.work.kind == "tune"
+                read = [one.alone_left_s(mesh.now) for one in others if not one.tunes]
+                read_s = sum(read) if tunes or steps_s else sum(min(left_s, alone_s) for left_s in read)
+                turns_s = alone_s if tunes else steps_s
+                tuned_s = sum(min(one.alone_left_s(mesh.now), turns_s) for one in others if one.tunes)
                 writing_s = max((one.left_s(mesh.now) for one in others if one.writes), default=0.0)
-                expected = found.service_s + company_s + min(found.service_s - steps_s, writing_s)
+                expected = found.service_s + read_s + tuned_s + (min(alone_s, writing_s) if tunes else 0.0)
                 assert priced.finish_s[row, index] == pytest.approx(expected)
 
 

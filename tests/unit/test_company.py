@@ -36,6 +36,25 @@ def text(name: str, n: float) -> VirtualTask:
     return task(name, Work(kind="score", n_prompt_tokens=n))
 
 
+def tuning(name: str, n: float) -> VirtualTask:
+    """Too late to stand back."""
+    return task(name, Work(kind="tune", n_tune_tokens=n), deadline_at=0.0)
+
+
+def extra_s(
+    others: list[tuple[float, bool]],
+    answers_s: float,
+    alone_s: float,
+    steps_s: float = 0.0,
+    *,
+    tunes: bool = False,
+) -> float:
+    company = Company.of([(left_s, 1.0, tunes) for left_s, tunes in others], answers_s)
+    if company is None:
+        return 0.0
+    return float(company.extra_s(np.array([alone_s]), np.array([steps_s]), np.array([tunes]))[0])
+
+
 def ends(node: VirtualNode) -> dict[str, float]:
     """When each of those on the node is done."""
     found = {}
@@ -55,15 +74,61 @@ def shared_node(*tasks: VirtualTask) -> VirtualNode:
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.floats(0.1, 50), min_size=1, max_size=6), joiner=st.floats(0.1, 50))
 def test_who_joins_readers_ends_when_the_virtual_node_says(lengths: list[float], joiner: float) -> None:
-    company = Company.of([(length, 1.0) for length in lengths], answers_s=0.0)
-    assert company is not None
-    expected = joiner + float(company.extra_s(np.array([joiner]), np.array([0.0]))[0])
     others = [text(f"t{k}", length) for k, length in enumerate(lengths)]
+    expected = joiner + extra_s([(length, False) for length in lengths], 0.0, joiner)
     assert ends(shared_node(*others, text("joiner", joiner)))["joiner"] == pytest.approx(expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.floats(0.1, 50), max_size=4),
+    jobs=st.lists(st.floats(0.1, 50), max_size=3),
+    reading=st.floats(0.1, 50),
+    answer=st.floats(0.1, 50),
+)
+def test_an_answer_waits_for_all_that_is_read_and_takes_turns_with_tuning(
+    texts: list[float], jobs: list[float], reading: float, answer: float
+) -> None:
+    others = [(length, False) for length in texts] + [(length, True) for length in jobs]
+    expected = reading + answer + extra_s(others, 0.0, reading, answer)
+    node = shared_node(
+        *(text(f"t{k}", length) for k, length in enumerate(texts)),
+        *(tuning(f"j{k}", length) for k, length in enumerate(jobs)),
+        task("joiner", Work(n_prompt_tokens=reading, n_tokens=answer)),
+    )
+    assert ends(node)["joiner"] == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.floats(0.1, 50), max_size=4),
+    jobs=st.lists(st.floats(0.1, 50), max_size=3),
+    answer=st.floats(0.1, 50),
+    joiner=st.floats(0.1, 50),
+)
+def test_tuning_waits_for_all_that_is_read_and_takes_turns_with_answers(
+    texts: list[float], jobs: list[float], answer: float, joiner: float
+) -> None:
+    others = [(length, False) for length in texts] + [(length, True) for length in jobs]
+    expected = joiner + extra_s(others, answer, joiner, tunes=True)
+    # An answer that takes turns with several jobs is written for longer than it is with one.
+    node = shared_node(
+        *(text(f"t{k}", length) for k, length in enumerate(texts)),
+        *(tuning(f"j{k}", length) for k, length in enumerate(jobs)),
+        task("a", Work(n_tokens=answer)),
+        tuning("joiner", joiner),
+    )
+    assert ends(node)["joiner"] == pytest.approx(expected)
+
+
+def test_a_text_is_read_as_fast_beside_answers_as_alone() -> None:
+    assert extra_s([], 30.0, 4.0) == 0.0
+    node = shared_node(task("a", Work(n_tokens=30.0)), text("t", 4.0))
+    assert ends(node) == {"t": pytest.approx(4.0), "a": pytest.approx(34.0)}
+
+
 def test_nobody_is_no_company() -> None:
-    assert Company.of([(0.0, 3.0)], answers_s=0.0) is None
+    assert Company.of([(0.0, 3.0, False)], answers_s=0.0) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +138,7 @@ def test_a_task_is_welcome_if_it_saves_more_than_it_takes(seed: int) -> None:
     rng = Random(seed)
     others = [(rng.uniform(0.1, 20), rng.choice([1.0, 3.0, 10.0])) for _ in range(rng.randint(1, 4))]
     value, length = rng.choice([1.0, 3.0, 10.0]), rng.uniform(0.1, 20)
-    company = Company.of(others, answers_s=0.0)
+    company = Company.of([(alone_s, worth, False) for alone_s, worth in others], answers_s=0.0)
     assert company is not None
     texts = [text(f"t{k}", alone_s) for k, (alone_s, _) in enumerate(others)]
     now, later = ends(shared_node(*texts, text("joiner", length))), ends(shared_node(*texts))
@@ -86,7 +151,7 @@ def test_a_task_is_welcome_if_it_saves_more_than_it_takes(seed: int) -> None:
 
 def test_tuning_that_has_time_stands_back_until_it_must_not() -> None:
     job = task("job", Work(kind="tune", n_tune_tokens=10.0), deadline_at=100.0)
-    node = shared_node(job, text("t", 200.0))
+    node = shared_node(job, task("t", Work(n_tokens=200.0)))
     node.advance(1.0)
     assert node.next_at() == 100.0 - PATIENCE * 10.0, "it has not moved until then"
     found = ends(node)
@@ -100,8 +165,5 @@ def test_tuning_alone_does_not_wait() -> None:
 
 
 def test_joining_costs_more_the_more_read() -> None:
-    costs = [
-        float(Company.of([(5.0, 1.0)] * n, 0.0).extra_s(np.array([4.0]), np.array([0.0]))[0])  # type: ignore[union-attr]
-        for n in range(1, 5)
-    ]
+    costs = [extra_s([(5.0, False)] * n, 0.0, 4.0) for n in range(1, 5)]
     assert all(more > less for less, more in pairwise(costs))

@@ -201,17 +201,16 @@ def test_one_wild_outcome_does_not_make_estimates_impossible() -> None:
         assert 1e-4 < cost.correction("generate", A) < 1e4
 
 
-def test_what_answers_use_and_how_long_tokens_are_is_learned() -> None:
+def test_what_answers_use_and_how_many_tokens_prompts_have_is_learned() -> None:
     cost = CostModel()
-    assert (cost.answer_share, cost.bytes_per_token) == (1.0, 4.0)
+    assert cost.answer_share == 1.0
     for _ in range(20):
         cost.learn_answer(max_tokens=256, n_tokens=64)
-        cost.learn_bytes(n_bytes=300, n_tokens=100)
-        cost.learn_bytes(n_bytes=8, n_tokens=40)  # mostly the chat template
-    assert (cost.answer_share, cost.bytes_per_token) == pytest.approx((0.25, 3.0))
-    submit = Submit(prompt="x" * 300, max_tokens=400)
-    work = work_of(submit, answer_share=cost.answer_share, bytes_per_token=cost.bytes_per_token)
-    assert (work.n_prompt_tokens, work.n_tokens) == pytest.approx((100.0, 100.0))
+        cost.counts.learn("generate", n_bytes=400, n_texts=1, n_tokens=120)
+        cost.counts.learn("generate", n_bytes=40, n_texts=1, n_tokens=30)
+    submit = Submit(prompt="x" * 200, max_tokens=400)
+    work = work_of(submit, answer_share=cost.answer_share, counts=cost.counts)
+    assert (work.n_prompt_tokens, work.n_tokens) == pytest.approx((70.0, 100.0), rel=0.02)
 
 
 def test_errors_are_of_the_latest_outcomes_only() -> None:

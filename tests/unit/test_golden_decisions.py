@@ -27,10 +27,10 @@ BATCHING = [replace(node, slots=4) for node in parse_nodes("1,2")]
     ("policy", "slots", "digest"),
     [
         ("foresight", 1, "e74df43b08de"),
-        ("foresight", 4, "cb014eccf2aa"),
+        ("foresight", 4, "be4353d6b71e"),
         ("vdf", 1, "225867e3c8f5"),
         ("edf+drop+chunk", 1, "87dbb564be2b"),
-        ("fifo", 4, "40cdc16f6179"),
+        ("fifo", 4, "2755c8a8d58e"),
     ],
 )
 def test_a_seeded_workload_is_decided_as_ever(policy: str, slots: int, digest: str) -> None:

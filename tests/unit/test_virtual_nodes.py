@@ -66,11 +66,11 @@ def test_answers_together_share_every_step() -> None:
     assert run_out(node) == {"a": pytest.approx(3.0), "b": pytest.approx(3.0)}  # 2 s, a step is 1.5 as long
 
 
-def test_a_prompt_and_an_answer_take_turns() -> None:
+def test_a_prompt_is_read_before_an_answer_goes_on() -> None:
     node = node_of(2)
     node.start(answer("a", 10), 1.0, 0.0)
     node.start(task("b", Work(n_prompt_tokens=100)), 1.0, 0.0)
-    assert run_out(node) == {"a": pytest.approx(2.0), "b": pytest.approx(2.0)}
+    assert run_out(node) == {"a": pytest.approx(2.0), "b": pytest.approx(1.0)}
 
 
 def test_an_adapter_is_loaded_once_while_it_is_kept() -> None:
