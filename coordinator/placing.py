@@ -160,11 +160,12 @@ class Placing:
         self._reading.pop(task.id, None)
         node, outcome = self._dispatcher.node_of(task.id), task.outcome
         assert outcome is not None, f"task {task.id} is over and has an outcome"
-        is_lesson = outcome.state == "done" and outcome.node == node and outcome.service_s > 0
-        self._dispatcher.ended(task.id, now, _observed(outcome) if is_lesson and node is not None else None)
-        if is_lesson and task.submit.kind == "generate":
+        is_done, ran = outcome.state == "done", outcome.node == node and outcome.service_s > 0
+        is_lesson = node is not None and ran and (is_done or outcome.state == "expired")
+        self._dispatcher.ended(task.id, now, _observed(outcome) if is_lesson else None)
+        if is_done and ran and task.submit.kind == "generate":
             self._cost.learn_answer(max_tokens=task.submit.max_tokens, n_tokens=outcome.n_tokens)
-        if is_lesson and outcome.n_prompt_tokens:
+        if is_done and ran and outcome.n_prompt_tokens:
             n_bytes, n_texts = size_of(task.submit)
             self._cost.counts.learn(
                 task.submit.kind, n_bytes=n_bytes, n_texts=n_texts, n_tokens=outcome.n_prompt_tokens
@@ -292,8 +293,11 @@ def _view_of(node: Node, locality: Locality) -> NodeView | None:
 
 
 def _observed(outcome: Outcome) -> Observed:
+    is_whole = outcome.state == "done"
     return Observed(
         service_s=outcome.service_s,
         n_prompt_tokens=outcome.n_prompt_tokens or None,
-        n_tokens=outcome.n_tokens,
+        # Who settles an attempt that it stopped has not heard how far it came.
+        n_tokens=outcome.n_tokens if is_whole or outcome.n_tokens else None,
+        is_whole=is_whole,
     )

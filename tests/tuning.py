@@ -11,12 +11,24 @@ from typing import Any
 from mesh.messages import TuneSpec
 from node.compute.backbone.contract import Backbone
 from node.compute.backbone.load import load_backbone
+from node.compute.features.proof import Proof
 from node.compute.features.shape import Numerics, prove
 from node.compute.features.store import FeatureStore, LocalStore
+from node.compute.rates import RatedAs
 from node.compute.tune.job import TuneJob
 from node.compute.tune.source import FeatureSource
 
-__all__ = ["chat_lines", "class_lines", "completion_lines", "job", "memory", "run", "source", "spec"]
+__all__ = [
+    "chat_lines",
+    "class_lines",
+    "completion_lines",
+    "job",
+    "kept_proof",
+    "memory",
+    "run",
+    "source",
+    "spec",
+]
 
 
 def source(model: Path, store: FeatureStore, *, holds_all: bool = True) -> FeatureSource:
@@ -37,6 +49,12 @@ def source(model: Path, store: FeatureStore, *, holds_all: bool = True) -> Featu
 def _loaded(model: Path) -> tuple[Backbone, Numerics]:
     backbone = load_backbone(model)
     return backbone, prove(backbone)
+
+
+def kept_proof(model: Path, backbone: Backbone) -> Proof:
+    """Of how one thread computes, made once for each precision and kept beside ``model``."""
+    rated_as = RatedAs(digest="f" * 64, precision=backbone.precision, device=backbone.device, threads=1)
+    return Proof(backbone, 1, home=model, rated_as=rated_as)
 
 
 def memory() -> LocalStore:

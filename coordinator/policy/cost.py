@@ -62,6 +62,8 @@ class Observed:
     """Answers in its steps, on average over its time, its own included."""
     crowding: float = 1.0
     """Times longer than that for work of others on the node that shares nothing, as far as known."""
+    is_whole: bool = True
+    """``False``: it was stopped before its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +174,19 @@ class CostModel:
 
         The rates are corrected by what the attempt turned out to be (its real counts of tokens, its company
         in the batch); the error is that of ``predicted_s``, made at its start and revised when others joined
-        it.
+        it. One that was stopped counts as well, or only those would teach that were quick enough: an answer
+        by the tokens that it has, others where they had taken longer already than all of it was to take.
         """
         actual_s = max(observed.service_s, _LEAST_S)
         if predicted_s is None:
             found = self.estimate(work, node, rates, reuse=reuse, far=far, rows=observed.rows)
             predicted_s = found.service_s
-        self._last_errors.pop(work.kind, None)
-        self._note_error(work.kind, abs(actual_s / max(predicted_s, _LEAST_S) - 1))
         ratio = actual_s / max(_rated_s(work, rates, observed, reuse, far), _LEAST_S)
+        if observed.is_whole:
+            self._last_errors.pop(work.kind, None)
+            self._note_error(work.kind, abs(actual_s / max(predicted_s, _LEAST_S) - 1))
+        elif observed.n_tokens is None and ratio <= self.correction(work.kind, node):
+            return
         key = (work.kind, node)
         if key not in self._by_node:
             while len(self._by_node) >= _NODES_MAX * len(KINDS):

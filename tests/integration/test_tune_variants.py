@@ -17,7 +17,7 @@ from node.compute.messages import Ended, Load, Run
 from node.compute.tune.variants import Offer, Variant, cheapest
 from tests.link_world import Peers, linked
 from tests.tiny import tiny_llama
-from tests.tuning import class_lines, spec
+from tests.tuning import class_lines, kept_proof, spec
 
 OWN, THEIRS = Variant("fp32 here"), Variant("bf16 there")
 
@@ -67,7 +67,7 @@ class Node:
             **{"feature_disk_bytes": 0, **changes},
         )
         backbone = load_backbone(model, precision=precision)
-        self.memory = FeatureMemory(self.load, backbone, 1, link=link)
+        self.memory = FeatureMemory(self.load, backbone, 1, link=link, proof=kept_proof(model, backbone))
         self.memory.choice.row_layer_s = 1.0  # as slow as fetching is worth waiting for
         self.engine = model_engine(self.load, ("tiny",), model, "f" * 64, backbone, 1, memory=self.memory)
 

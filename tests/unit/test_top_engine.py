@@ -9,7 +9,7 @@ import pytest
 
 from mesh.ids import TaskId
 from mesh.messages import FeaturesHeld, Submit
-from node.compute.assembly import model_engine
+from node.compute.assembly import FeatureMemory, model_engine
 from node.compute.backbone.load import load_backbone
 from node.compute.messages import Ended, FeaturesGiven, Load, NeedFeatures, Progress, Run, Stop
 from node.compute.model_engine import ModelEngine
@@ -42,7 +42,9 @@ def load(place: Path, **changes: Any) -> Load:
 
 
 def whole(model: Path, place: Path, precision: str = "fp32") -> ModelEngine:
-    return model_engine(load(place), ["tiny"], model, DIGEST, load_backbone(model, precision=precision), 1)
+    backbone = load_backbone(model, precision=precision)
+    memory = FeatureMemory(load(place), backbone, 1, proof=tuning.kept_proof(model, backbone))
+    return model_engine(load(place), ["tiny"], model, DIGEST, backbone, 1, memory=memory)
 
 
 def top(model: Path, place: Path) -> TopEngine:
