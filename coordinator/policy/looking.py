@@ -20,6 +20,8 @@ __all__ = ["Look", "look", "overview"]
 
 _TUNE = KINDS.index("tune")
 _EVERYTHING = slice(None)
+_URGENT = 1.5
+"""Times what it takes on its best node: from 1 to 2.5 the same comes out (ADR 0025)."""
 
 
 @dataclass(slots=True)
@@ -148,8 +150,11 @@ def _allowed(
         if jobs.n_virtual:
             allowed |= scene.is_virtual[:, None]
         if nodes.is_shared[scene.open_nodes].any():
-            # A joiner slows all who run there: it must be worth more than those it makes late.
-            is_worth_it = scene.value[:, None] > nodes.harm(scene.open_nodes, scene.cost_s, scene.now)
+            # A joiner slows all who run there. If that makes some late it must be worth more than they, and it
+            # waits as long as it can: a moment later it may start where nobody minds.
+            harm = nodes.harm(scene.open_nodes, scene.cost_s, scene.now)
+            is_urgent = left_s <= _URGENT * scene.best_s[:, None]
+            is_worth_it = (harm == 0) | ((scene.value[:, None] > harm) & is_urgent)
             for column, node in enumerate(scene.open_nodes.tolist()):
                 if (company := nodes.company(node, scene.now)) is not None:
                     is_worth_it[:, column] &= company.welcomes(scene.value, scene.cost_s[:, column])
