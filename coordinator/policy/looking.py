@@ -150,8 +150,8 @@ def _allowed(
         if jobs.n_virtual:
             allowed |= scene.is_virtual[:, None]
         if nodes.is_shared[scene.open_nodes].any():
-            # A joiner slows all who run there. If that makes some late it must be worth more than they, and it
-            # waits as long as it can: a moment later it may start where nobody minds.
+            # A joiner slows all who run there. If that makes some late it must be worth more than they are,
+            # and it waits as long as it can: a moment later it may start where nobody minds.
             harm = nodes.harm(scene.open_nodes, scene.cost_s, scene.now)
             is_urgent = left_s <= _URGENT * scene.best_s[:, None]
             is_worth_it = (harm == 0) | ((scene.value[:, None] > harm) & is_urgent)

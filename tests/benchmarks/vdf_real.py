@@ -10,7 +10,7 @@ A kind's *factor* is what a first task took against what the rates say, alone on
 top of a model is no token. Coordinators learn it from the same tasks; deadlines, load and simulator know it.
 
 Whoever else computes on this machine slows the nodes: ``lag_s`` in the detail is the median time from saying
-a task to its acknowledgement, 0.02 s on a quiet one. Three seeds take about ten minutes; --quick a minute
+a task to its acknowledgement, 0.02 s on a quiet one. Five seeds take about ten minutes; --quick a minute
 and a half.
 """
 
@@ -91,7 +91,7 @@ def measure(options: Options) -> Iterator[Metric]:
     # Converted here, if need be, and not three times at once.
     prepare(resolve(DEFAULT_MODEL), models_dir(), convert, lambda text, fraction: None)
     n_tasks = 10 if options.quick else 60
-    seeds = [options.seed + k for k in range(1 if options.quick else options.seeds or 3)]
+    seeds = [options.seed + k for k in range(1 if options.quick else options.seeds or 5)]
     yield from asyncio.run(_measured(seeds, n_tasks))
 
 
