@@ -201,6 +201,21 @@ def test_one_wild_outcome_does_not_make_estimates_impossible() -> None:
         assert 1e-4 < cost.correction("generate", A) < 1e4
 
 
+def test_an_attempt_that_was_stopped_teaches_that_it_takes_longer_never_that_it_is_quick() -> None:
+    cost, work = CostModel(), Work(kind="score", n_prompt_tokens=100.0)  # 1 s by its rates
+    cost.learn(work, A, RATES, Observed(service_s=0.5, is_whole=False))
+    assert cost.correction("score", A) == 1.0
+    cost.learn(work, A, RATES, Observed(service_s=3.0, is_whole=False))
+    assert cost.correction("score", A) == pytest.approx(3.0)
+    assert cost.errors() == {}, "no prediction was proven wrong or right"
+
+
+def test_an_answer_that_was_stopped_teaches_by_the_tokens_it_has() -> None:
+    cost, work = CostModel(), Work(n_prompt_tokens=100.0, n_tokens=100.0)  # 1 s and 10 s by its rates
+    cost.learn(work, A, RATES, Observed(service_s=4.0, n_tokens=10, is_whole=False))
+    assert cost.correction("generate", A) == pytest.approx(2.0)
+
+
 def test_what_answers_use_and_how_many_tokens_prompts_have_is_learned() -> None:
     cost = CostModel()
     assert cost.answer_share == 1.0

@@ -189,21 +189,22 @@ def test_a_batch_that_would_make_a_task_late_is_not_joined() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "value", "policy", "expected"),
+    ("seconds", "value", "left_s", "policy", "expected"),
     [
-        (4.0, 1.0, "vdf", {"joins": "a"}),  # takes 1 s from the runner, which has 1 s to spare
-        (8.0, 1.0, "vdf", {}),
-        (8.0, 3.0, "vdf", {"joins": "a"}),  # worth more than the one it makes late
-        (8.0, 1.0, "fifo", {"joins": "a"}),
+        (4.0, 1.0, 900.0, "vdf", {"joins": "a"}),  # takes 1 s from the runner, which has 1 s to spare
+        (8.0, 1.0, 11.0, "vdf", {}),
+        (8.0, 3.0, 11.0, "vdf", {"joins": "a"}),  # worth more than the one it makes late
+        (8.0, 3.0, 900.0, "vdf", {}),  # and can wait
+        (8.0, 1.0, 900.0, "fifo", {"joins": "a"}),
     ],
 )
-def test_who_would_make_a_running_task_late_must_be_worth_more(
-    seconds: float, value: float, policy: str, expected: dict[str, str]
+def test_who_would_make_a_running_task_late_must_be_worth_more_and_urgent(
+    seconds: float, value: float, left_s: float, policy: str, expected: dict[str, str]
 ) -> None:
     made = dispatcher(node("a", slots=4), policy=policy)
     add(made, job("runs", 10.0, 11.0))
     made.decide(0.0)
-    add(made, job("joins", seconds, 900.0, value=value))
+    add(made, job("joins", seconds, left_s, value=value))
     assert starts(made.decide(0.0)) == expected
 
 

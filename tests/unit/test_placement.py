@@ -164,6 +164,16 @@ def test_what_answers_take_is_learned_and_estimates_become_good_enough_to_refuse
     assert isinstance(drop, Drop) and drop.reason == "best node needs 5.0 s, 4.0 s left"
 
 
+def test_a_task_that_ran_into_its_deadline_is_a_lesson_too() -> None:
+    books = Books(node("a", slots=1))
+    task = books.add("t", max_tokens=10)
+    assert books.where(0.0) == {"t": "a"}
+    before = books.cost.correction("generate", NodeId("a"))
+    books.end(task, "expired", 1000.0, service_s=1000.0)
+    books.decide(1000.0)
+    assert books.cost.correction("generate", NodeId("a")) > 2 * before
+
+
 def test_recovered_tasks_wait_until_those_who_may_know_more_have_told() -> None:
     books = Books(node("a"))
     books.add("t").is_recovered = True
