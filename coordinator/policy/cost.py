@@ -29,6 +29,8 @@ __all__ = ["CostModel", "Estimate", "Observed", "PredictionError", "amounts_of",
 _WEIGHT_LEAST: Final = 0.2
 # A rate that is wrong by more than this is a clock or a message gone wrong, not a slow node.
 _RATIO_MAX: Final = 1000.0
+_SURPRISE_MAX: Final = 2.0
+"""Times longer than expected that an attempt counts of which only that is known: its node may be gone."""
 _TRUST_AFTER: Final = 3
 """Outcomes of a kind on a node after which a guessed rate counts as known."""
 _PREFILL, _DECODE = PARTS.index("prefill"), PARTS.index("decode")
@@ -185,8 +187,11 @@ class CostModel:
         if observed.is_whole:
             self._last_errors.pop(work.kind, None)
             self._note_error(work.kind, abs(actual_s / max(predicted_s, _LEAST_S) - 1))
-        elif observed.n_tokens is None and ratio <= self.correction(work.kind, node):
-            return
+        elif observed.n_tokens is None:
+            known = self.correction(work.kind, node)
+            if ratio <= known:
+                return
+            ratio = min(ratio, _SURPRISE_MAX * known)
         key = (work.kind, node)
         if key not in self._by_node:
             while len(self._by_node) >= _NODES_MAX * len(KINDS):
