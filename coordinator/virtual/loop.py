@@ -246,12 +246,16 @@ class World:
         """Its deadline is now: nodes stop it, the coordinator settles it."""
         if (known := self._open.get(task)) is None or task in self._unheard:
             return
+        observed = None
         if known.node is not None:
             node = self.nodes[known.node]
-            self._take_off(node.stop(task, self.now))
+            attempt = node.stop(task, self.now)
+            self._take_off(attempt)
             self._look(node)
+            if attempt is not None:
+                observed = Observed(service_s=attempt.ran_s, is_whole=False)
         if self._is_led:
-            self._dispatcher.withdraw(task, self.now)
+            self._dispatcher.ended(task, self.now, observed)
         self._end(task, "expired", "its deadline passed")
 
     def _end(self, task: TaskId, how: How, reason: str = "") -> None:

@@ -26,8 +26,8 @@ BATCHING = [replace(node, slots=4) for node in parse_nodes("1,2")]
 @pytest.mark.parametrize(
     ("policy", "slots", "digest"),
     [
-        ("foresight", 1, "e74df43b08de"),
-        ("foresight", 4, "be4353d6b71e"),
+        ("foresight", 1, "c7a0084affc0"),
+        ("foresight", 4, "6ce31096d9ce"),
         ("vdf", 1, "225867e3c8f5"),
         ("edf+drop+chunk", 1, "87dbb564be2b"),
         ("fifo", 4, "2755c8a8d58e"),
