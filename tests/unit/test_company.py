@@ -24,6 +24,8 @@ RATES = Rates(
     tune_tokens_per_s=1.0, adapter_load_s=0.0,
 )  # fmt: skip
 """A token is a second."""
+LENGTH = st.floats(0.1, 50)
+TEXTS, JOBS = st.lists(LENGTH, max_size=4), st.lists(LENGTH, max_size=3)
 
 
 def task(name: str, work: Work, deadline_at: float = FOREVER) -> VirtualTask:
@@ -39,6 +41,15 @@ def text(name: str, n: float) -> VirtualTask:
 def tuning(name: str, n: float) -> VirtualTask:
     """Too late to stand back."""
     return task(name, Work(kind="tune", n_tune_tokens=n), deadline_at=0.0)
+
+
+def those(texts: list[float], jobs: list[float]) -> list[VirtualTask]:
+    reading = [text(f"t{k}", length) for k, length in enumerate(texts)]
+    return reading + [tuning(f"j{k}", length) for k, length in enumerate(jobs)]
+
+
+def left_of(texts: list[float], jobs: list[float]) -> list[tuple[float, bool]]:
+    return [(length, False) for length in texts] + [(length, True) for length in jobs]
 
 
 def extra_s(
@@ -80,44 +91,22 @@ def test_who_joins_readers_ends_when_the_virtual_node_says(lengths: list[float],
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.floats(0.1, 50), max_size=4),
-    jobs=st.lists(st.floats(0.1, 50), max_size=3),
-    reading=st.floats(0.1, 50),
-    answer=st.floats(0.1, 50),
-)
+@given(texts=TEXTS, jobs=JOBS, reading=LENGTH, answer=LENGTH)
 def test_an_answer_waits_for_all_that_is_read_and_takes_turns_with_tuning(
     texts: list[float], jobs: list[float], reading: float, answer: float
 ) -> None:
-    others = [(length, False) for length in texts] + [(length, True) for length in jobs]
-    expected = reading + answer + extra_s(others, 0.0, reading, answer)
-    node = shared_node(
-        *(text(f"t{k}", length) for k, length in enumerate(texts)),
-        *(tuning(f"j{k}", length) for k, length in enumerate(jobs)),
-        task("joiner", Work(n_prompt_tokens=reading, n_tokens=answer)),
-    )
+    expected = reading + answer + extra_s(left_of(texts, jobs), 0.0, reading, answer)
+    node = shared_node(*those(texts, jobs), task("joiner", Work(n_prompt_tokens=reading, n_tokens=answer)))
     assert ends(node)["joiner"] == pytest.approx(expected)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.floats(0.1, 50), max_size=4),
-    jobs=st.lists(st.floats(0.1, 50), max_size=3),
-    answer=st.floats(0.1, 50),
-    joiner=st.floats(0.1, 50),
-)
+@given(texts=TEXTS, jobs=JOBS, answer=LENGTH, joiner=LENGTH)
 def test_tuning_waits_for_all_that_is_read_and_takes_turns_with_answers(
     texts: list[float], jobs: list[float], answer: float, joiner: float
 ) -> None:
-    others = [(length, False) for length in texts] + [(length, True) for length in jobs]
-    expected = joiner + extra_s(others, answer, joiner, tunes=True)
-    # An answer that takes turns with several jobs is written for longer than it is with one.
-    node = shared_node(
-        *(text(f"t{k}", length) for k, length in enumerate(texts)),
-        *(tuning(f"j{k}", length) for k, length in enumerate(jobs)),
-        task("a", Work(n_tokens=answer)),
-        tuning("joiner", joiner),
-    )
+    expected = joiner + extra_s(left_of(texts, jobs), answer, joiner, tunes=True)
+    node = shared_node(*those(texts, jobs), task("a", Work(n_tokens=answer)), tuning("joiner", joiner))
     assert ends(node)["joiner"] == pytest.approx(expected)
 
 
