@@ -42,7 +42,7 @@ docs: $(READY)  ## Print the generated pages again: protocol, AsyncAPI, command 
 
 bench: $(READY)  ## Every number we publish, quickly
 	@$(BIN)/python -m tests.benchmarks.mesh --quick
-	@for name in generate codec decode prefix peer_prefix multi_adapter precision tune second_adapter vdf vdf_real ring trace_cache dataplane churn second_node hold_top; do \
+	@for name in generate codec decode prefix peer_prefix multi_adapter precision tune second_adapter vdf vdf_real joining ring trace_cache dataplane churn second_node hold_top; do \
 	  $(BIN)/python -m tests.benchmarks.$$name --quick || echo "($$name: a quick run proves that it runs, no more)"; done
 
 clean:  ## Remove the environment and the demo's state

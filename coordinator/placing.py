@@ -160,12 +160,13 @@ class Placing:
         self._reading.pop(task.id, None)
         node, outcome = self._dispatcher.node_of(task.id), task.outcome
         assert outcome is not None, f"task {task.id} is over and has an outcome"
-        is_done, ran = outcome.state == "done", outcome.node == node and outcome.service_s > 0
-        is_lesson = node is not None and ran and (is_done or outcome.state == "expired")
+        ran = node is not None and outcome.node == node and outcome.service_s > 0
+        is_lesson = ran and outcome.state in ("done", "expired")
         self._dispatcher.ended(task.id, now, _observed(outcome) if is_lesson else None)
-        if is_done and ran and task.submit.kind == "generate":
+        is_done = ran and outcome.state == "done"
+        if is_done and task.submit.kind == "generate":
             self._cost.learn_answer(max_tokens=task.submit.max_tokens, n_tokens=outcome.n_tokens)
-        if is_done and ran and outcome.n_prompt_tokens:
+        if is_done and outcome.n_prompt_tokens:
             n_bytes, n_texts = size_of(task.submit)
             self._cost.counts.learn(
                 task.submit.kind, n_bytes=n_bytes, n_texts=n_texts, n_tokens=outcome.n_prompt_tokens

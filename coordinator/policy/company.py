@@ -77,9 +77,10 @@ class Company:
         found = sorted((alone_s, value, tunes) for alone_s, value, tunes in runners if alone_s > 0)
         if not found and answers_s <= 0:
             return None
-        alone_s, values, tunes = np.array(found).reshape(-1, 3).T
+        alone_s, values, flags = np.array(found).reshape(-1, 3).T
+        tunes = flags > 0
         return cls(
-            _Line.of(alone_s[tunes == 0]), _Line.of(alone_s[tunes == 1]), _Line.of(alone_s),
+            _Line.of(alone_s[~tunes]), _Line.of(alone_s[tunes]), _Line.of(alone_s),
             _sums(values), _sums(alone_s * values), answers_s,
         )  # fmt: skip
 

@@ -12,9 +12,9 @@ from typing import Final
 
 from mesh.messages.task import TaskKind
 
-__all__ = ["BYTES_PER_TOKEN", "TokenCounts"]
+__all__ = ["TokenCounts"]
 
-BYTES_PER_TOKEN: Final = 4.0
+_BYTES_PER_TOKEN: Final = 4.0
 """English under a vocabulary of 32 k to 150 k: 3.5 to 4.5, as long as nothing was seen."""
 _RATE_LEAST: Final = 1 / 32
 _RATE_MOST: Final = 1.0
@@ -35,25 +35,25 @@ class _Line:
 
     texts_texts: float = _FIRST_WEIGHT / _EACH_DOUBTED**2
     texts_bytes: float = 0.0
-    bytes_bytes: float = _FIRST_WEIGHT * BYTES_PER_TOKEN**2
+    bytes_bytes: float = _FIRST_WEIGHT * _BYTES_PER_TOKEN**2
     texts: float = 0.0
-    bytes: float = _FIRST_WEIGHT * BYTES_PER_TOKEN
+    bytes: float = _FIRST_WEIGHT * _BYTES_PER_TOKEN
     each: float = 0.0
-    rate: float = 1 / BYTES_PER_TOKEN
+    rate: float = 1 / _BYTES_PER_TOKEN
 
     def take(self, texts: float, n_bytes: float) -> None:
-        self.texts_texts += texts * texts - (1 - _KEPT) * self.texts_texts
-        self.texts_bytes += texts * n_bytes - (1 - _KEPT) * self.texts_bytes
-        self.bytes_bytes += n_bytes * n_bytes - (1 - _KEPT) * self.bytes_bytes
-        self.texts += texts - (1 - _KEPT) * self.texts
-        self.bytes += n_bytes - (1 - _KEPT) * self.bytes
+        self.texts_texts = _KEPT * self.texts_texts + texts * texts
+        self.texts_bytes = _KEPT * self.texts_bytes + texts * n_bytes
+        self.bytes_bytes = _KEPT * self.bytes_bytes + n_bytes * n_bytes
+        self.texts = _KEPT * self.texts + texts
+        self.bytes = _KEPT * self.bytes + n_bytes
         self._solve()
 
     def _solve(self) -> None:
         weight = _STAYING_SHARE * _FIRST_WEIGHT
         tt, tb = self.texts_texts + weight / _EACH_DOUBTED**2, self.texts_bytes
-        bb = self.bytes_bytes + weight * BYTES_PER_TOKEN**2
-        t, b = self.texts, self.bytes + weight * BYTES_PER_TOKEN
+        bb = self.bytes_bytes + weight * _BYTES_PER_TOKEN**2
+        t, b = self.texts, self.bytes + weight * _BYTES_PER_TOKEN
         each = max(0.0, (t * bb - b * tb) / (tt * bb - tb * tb))
         # Whichever of the two is at a bound, the other is the best beside it.
         self.rate = min(max((b - each * tb) / bb, _RATE_LEAST), _RATE_MOST)
@@ -69,7 +69,7 @@ class TokenCounts:
     def expected(self, kind: TaskKind, n_bytes: float, n_texts: float = 0.0) -> float:
         """Tokens of ``n_texts`` texts with ``n_bytes`` bytes of UTF-8 in all."""
         line = self._lines.get(kind)
-        return n_bytes / BYTES_PER_TOKEN if line is None else line.each * n_texts + line.rate * n_bytes
+        return n_bytes / _BYTES_PER_TOKEN if line is None else line.each * n_texts + line.rate * n_bytes
 
     def learn(self, kind: TaskKind, *, n_bytes: int, n_texts: int, n_tokens: float) -> None:
         """A node has counted. A token stands for at most 32 bytes, or it is none of ours."""

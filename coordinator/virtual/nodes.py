@@ -196,7 +196,8 @@ class VirtualNode:
         for attempt in self.running.values():
             at = min(at, attempt.gives_way_at)
             if attempt not in sharing:
-                at = min(at, attempt.impatient_at if attempt.impatient_at > self.now else FOREVER)
+                if attempt.impatient_at > self.now:
+                    at = min(at, attempt.impatient_at)
                 continue
             is_alone = attempt.alone_s > _NOTHING_S
             left_s = attempt.alone_s / alone_share if is_alone else attempt.answer_s / answer_share

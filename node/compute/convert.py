@@ -35,7 +35,7 @@ def convert(source: Source, gguf: Path | None, into: Path, progress: Progress) -
                 "the network, or give --model a directory or .gguf file that is on this machine"
             ) from error
         raise ConfigError(f"{gguf.name} is not readable: {_first_line(error)}") from error
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"transformers cannot read {source.display}: {_first_line(error)}") from error
     progress(f"converting {source.display}", 0.7)
     model.save_pretrained(into, max_shard_size="100GB")  # one file: mapped and checked as one

@@ -99,9 +99,9 @@ def measure(options: Options) -> Iterator[Metric]:
 
 
 def tasks_for(
-    n_tasks: int, seed: int, nodes: Sequence[NodeSpec], factors: Mapping[TaskKind, float]
+    n_tasks: int, seed: int, nodes: Sequence[NodeSpec], factors: Mapping[TaskKind, float], load: float = LOAD
 ) -> list[VirtualTask]:
-    """``n_tasks`` that arrive at ``LOAD``, with the work they take by the kind's factor."""
+    """``n_tasks`` that arrive at ``load``, with the work they take by the kind's factor."""
     requests = generate(replace(REQUESTS, tasks=n_tasks), Random(seed))
     kinds = [_kind(Random(f"kind/{seed}/{k}").random()) for k in range(n_tasks)]
     read = [
@@ -114,7 +114,7 @@ def tasks_for(
         for task, kind in zip(tasks, kinds, strict=True)
     ]
     # Deadlines come from a service time without the factor: they move along with it.
-    return at_load([_longer(task, factors[task.work.kind]) for task in known], nodes, LOAD)
+    return at_load([_longer(task, factors[task.work.kind]) for task in known], nodes, load)
 
 
 def _only_read(request: Request) -> Request:
